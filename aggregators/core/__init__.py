@@ -1,0 +1,1 @@
+"""What every method stands on: updates, rounds, sums, and the registry."""

@@ -1,0 +1,1 @@
+"""Methods that bound what one bad client can do."""

@@ -1,0 +1,1 @@
+"""Methods that average models of one basin, each parameter with its own weight."""
