@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from importlib import import_module
+from fnmatch import fnmatchcase
 from typing import ClassVar, TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+
+from aggregators.core.registry import as_mapping, external, unknown, validated
+
+from .tasks import SHIPPED
 
 Node: TypeAlias = Mapping[str, "str | int | float | bool"]  # a client's --node-config
 Examples: TypeAlias = "Dataset[tuple[Tensor, Tensor]]"  # (input, target) pairs
@@ -49,3 +53,46 @@ class Task(BaseModel, ABC):
     def test_data(self) -> Examples | None:
         """Held-out examples on the server, or None when it has none."""
         return None
+
+
+def parse(config: str) -> Task:
+    """The task that `config` describes: the name of one that ships, `module:Class`, or a JSON object with `kind`.
+
+    Raises ValueError in one line that names the key, the value and what is allowed.
+    """
+    mapping = dict(as_mapping(config))
+    kind = mapping.pop("kind")
+    if ":" not in kind and kind not in SHIPPED:
+        raise ValueError(unknown("task", kind, [*SHIPPED, "module:Class"]))
+    task: Task = validated(external(SHIPPED.get(kind, kind), Task), mapping)
+    return task
+
+
+def tensors(model: nn.Module, private: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, each tensor once, in the order of the state dict; views, no copies.
+
+    Names that match a pattern in `private` are left out.
+    """
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen and not is_private(name, private):
+            found[name] = tensor.detach()
+        seen.add(id(tensor))
+    return found
+
+
+def is_private(name: str, private: tuple[str, ...]) -> bool:
+    """Whether `name` matches a pattern in `private`."""
+    return any(fnmatchcase(name, pattern) for pattern in private)
+
+
+@torch.no_grad()
+def load(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copies `values` into the model's tensors; ValueError where a name is unknown or a shape differs."""
+    own = tensors(model)
+    for name, value in values.items():
+        if name not in own or own[name].shape != value.shape:
+            mine = f"of shape {tuple(own[name].shape)}" if name in own else "absent"
+            raise ValueError(f"received {name} of shape {tuple(value.shape)}; in this client's model it is {mine}")
+        own[name].copy_(value)

@@ -1,0 +1,38 @@
+# Every target sets itself up: `make demo` on a machine with Python 3.11 or newer, make and a C compiler is enough.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-slow lint bench data clean
+
+$(VENV)/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+demo: $(VENV)/ready        ## a federation of real processes over gRPC: a table, a plot, and its records in runs/
+	$(BIN)/python -m deploy.demo
+
+test: $(VENV)/ready        ## quick tests, under 5 minutes
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/ready   ## federations of real processes, and Flower's simulation
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict aggregators
+	$(BIN)/lint-imports
+	$(BIN)/pip check
+
+bench: $(VENV)/ready       ## speed and memory, as ratios beside a peer or a limit
+	$(BIN)/python -m benchmarks
+
+data: $(VENV)/ready        ## fetches and verifies MNIST and Fashion-MNIST
+	$(BIN)/python -m client.data
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

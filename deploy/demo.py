@@ -1,0 +1,112 @@
+"""`make demo`: one SuperLink and four SuperNodes on loopback, non-IID digits, three methods, one table, one plot."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from rich.console import Console
+from rich.table import Table
+
+from .local import LocalFederation
+
+APP = Path(__file__).resolve().parent.parent
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "FedAvg": {"kind": "fedavg"},
+    "Fisher": {"kind": "fisher"},
+    "tempered Fisher": {"kind": "fisher", "temper": 0.5},
+}
+CLIENTS = 4
+CONFIG = {
+    "task": json.dumps({"kind": "digits", "partition": "dirichlet", "alpha": 0.1}),
+    "rounds": 3,
+    "min-clients": CLIENTS,
+    "deadline": 120.0,
+    "training.epochs": 5,
+}
+
+
+def main() -> int:
+    """0 when every method's run has finished and left its records; what it wrote is printed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    console, start = Console(), time.monotonic()
+    runs = APP / "runs"
+    nodes = [{"partition-id": k, "num-partitions": CLIENTS, "name": f"site-{k}"} for k in range(CLIENTS)]
+    with tempfile.TemporaryDirectory(prefix="fedbasin-") as logs:
+        console.print(f"starting a SuperLink and {CLIENTS} SuperNodes on 127.0.0.1, client traffic over gRPC")
+        with LocalFederation(Path(logs), nodes) as federation:
+            folders = {name: _run(federation, name, method, runs, console) for name, method in METHODS.items()}
+    results = {name: load(folder) for name, folder in folders.items()}
+    console.print(table(results))
+    picture = plot(results, folders["FedAvg"] / "demo.png")
+    for path in (*folders.values(), picture):
+        console.print(f"  {path.relative_to(APP)}")
+    console.print(f"took {time.monotonic() - start:.0f} s")
+    return 0
+
+
+def _run(federation: LocalFederation, name: str, method: Mapping[str, Any], runs: Path, console: Console) -> Path:
+    console.rule(name)
+    config = {**CONFIG, "aggregator": json.dumps(method), "runs-dir": str(runs)}
+    outcome = federation.run(APP, config, stream=True)
+    if outcome["status"] != "finished:completed":
+        raise SystemExit(f"{name}: the run is {outcome['status']}: {outcome.get('details', '')}")
+    return runs / str(outcome["run-id"])
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """A run's records in order, and the clients' evaluation of the last model."""
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("round-*.json"))]
+    return {"records": records, "final": json.loads((folder / "evaluation.json").read_text())["clients"]}
+
+
+def curve(result: Mapping[str, Any], key: str) -> list[float]:
+    """`accuracy`, `worst` or `spread` over the clients of the model before round 1, after round 1, and so on."""
+    return [measured[key] for measured in (*(record["received"] for record in result["records"]), result["final"])]
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row per method: accuracies of the last model, bytes and seconds per round, replies left out."""
+    rows = Table("method", "accuracy", "worst client", "spread", "server", "MB a round", "s a round", "left out")
+    for name, result in results.items():
+        records = result["records"]
+        exchanges: Sequence[Mapping[str, Any]] = [exchange for record in records for exchange in record["exchanges"]]
+        traffic = sum(exchange["bytes_in"] + exchange["bytes_out"] for exchange in exchanges)
+        rows.add_row(
+            name,
+            *(f"{result['final'][key]:.3f}" for key in ("accuracy", "worst", "spread")),
+            f"{records[-1]['test']['accuracy']:.3f}",
+            f"{traffic / len(records) / 1e6:.2f}",
+            f"{sum(record['seconds'] for record in records) / len(records):.1f}",
+            str(sum(len(exchange["left_out"]) for exchange in exchanges)),
+        )
+    return rows
+
+
+def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
+    """Accuracy over rounds: solid, the mean over the clients; dashed, the worst client."""
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, result in results.items():
+        (line,) = axes.plot(curve(result, "accuracy"), marker="o", label=name)
+        axes.plot(curve(result, "worst"), linestyle="--", marker=".", color=line.get_color())
+    axes.set(xlabel="rounds finished", ylabel="accuracy on the clients' validation data", ylim=(0, 1))
+    axes.set_title("Non-IID digits, 4 clients (solid: mean, dashed: worst client)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    return path
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

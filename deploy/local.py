@@ -1,0 +1,185 @@
+"""A SuperLink and SuperNodes as real processes on loopback, over gRPC."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+QUIET = {  # only loopback is contacted
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+BIN = Path(sys.executable).parent
+START_SECONDS = 60.0  # for a process to listen
+STOP_SECONDS = 10.0  # for a process to end after SIGTERM
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports on loopback that nothing listens on now."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@dataclass(eq=False)
+class LocalFederation:
+    """A context in which a SuperLink and one SuperNode per node configuration run; leaving it stops them all.
+
+    Logs and Flower's own files go to `folder`. `environment` is added to every process's.
+    """
+
+    folder: Path
+    nodes: Sequence[Mapping[str, str | int | float | bool]]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    processes: dict[str, subprocess.Popen[bytes]] = field(init=False, default_factory=dict)
+
+    def __enter__(self) -> LocalFederation:
+        self.folder = self.folder.resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.http, self.fleet, self.health = free_ports(3)
+        try:
+            self._start_superlink()
+            for number in range(len(self.nodes)):
+                self.start_node(number)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _start_superlink(self) -> None:
+        self._spawn(
+            "superlink",
+            [BIN / "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", self.http]
+            + ["--fleet-api-type", "grpc-rere", "--fleet-api-address", f"127.0.0.1:{self.fleet}"]
+            + ["--health-server-address", f"127.0.0.1:{self.health}", "--disable-runtime-dependency-installation"],
+        )
+        self._wait_for("superlink", self.fleet)
+        self._wait_for("superlink", self.http)
+        home = self._home("run")
+        config = f'[superlink.local-federation]\naddress = "127.0.0.1:{self.http}"\ninsecure = true\n'
+        (home / "config.toml").write_text(config)
+
+    def start_node(self, number: int) -> None:
+        """Starts SuperNode `number`, or starts it again."""
+        config = " ".join(f"{key}={json.dumps(value)}" for key, value in self.nodes[number].items())
+        (port,) = free_ports(1)
+        self._spawn(
+            f"supernode-{number}",
+            [BIN / "flower-supernode", "--insecure", "--grpc-rere", "--superlink", f"127.0.0.1:{self.fleet}"]
+            + ["--host", "127.0.0.1", "--port", port, "--node-config", config],
+        )
+
+    def kill_node(self, number: int) -> None:
+        """Kills SuperNode `number` and its children at once, as a power cut would."""
+        _signal(self.processes[f"supernode-{number}"], signal.SIGKILL)
+
+    def run(self, app: Path, config: Mapping[str, Any], timeout: float = 600, stream: bool = False) -> dict[str, Any]:
+        """Runs the app in folder `app` to its end; what `flwr ls` then says of the run. TimeoutError after `timeout` s.
+
+        `flwr run` exits with 0 even when the run fails: ask the status in the answer.
+        """
+        self._flwr("run", str(app), "local-federation", "-c", _overrides(config), *(["--stream"] if stream else []))
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            newest = self.runs()[0]
+            if str(newest["status"]).startswith("finished"):
+                return newest
+            time.sleep(0.5)
+        raise TimeoutError(f"the run is {newest['status']} after {timeout:g} s: see {self.folder}")
+
+    def runs(self) -> list[dict[str, Any]]:
+        """What `flwr ls` says of every run, the newest first."""
+        listed = self._flwr("ls", "local-federation", "--format", "json", capture=True)
+        runs: list[dict[str, Any]] = json.loads(listed)["runs"]
+        return runs
+
+    def _flwr(self, *arguments: str, capture: bool = False) -> str:
+        done = subprocess.run(
+            [BIN / "flwr", *arguments],
+            env=self._environment("run"),
+            stdout=subprocess.PIPE if capture else None,
+            text=True,
+            check=True,
+        )
+        return done.stdout or ""
+
+    def stop(self) -> None:
+        """Ends every process started here, the nodes first, each by its own id."""
+        for process in reversed(self.processes.values()):
+            _signal(process, signal.SIGTERM)
+        for process in self.processes.values():
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                pass
+            _signal(process, signal.SIGKILL)
+            process.wait()
+
+    def _spawn(self, name: str, command: Sequence[object]) -> None:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [str(word) for word in command],
+                env=self._environment(name),
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a group of its own, so that its children end with it
+            )
+
+    def _environment(self, name: str) -> dict[str, str]:
+        path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])
+        return {**os.environ, "PATH": path, **QUIET, "FLWR_HOME": str(self._home(name)), **self.environment}
+
+    def _home(self, name: str) -> Path:
+        home = self.folder / "flower" / name
+        home.mkdir(parents=True, exist_ok=True)
+        return home
+
+    def _wait_for(self, name: str, port: int) -> None:
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
+            if self.processes[name].poll() is not None:
+                break
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return
+            time.sleep(0.1)
+        raise RuntimeError(f"{name} does not listen on port {port}: see {self.folder / name}.log")
+
+
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def _overrides(config: Mapping[str, Any]) -> str:
+    """Flower's `-c` argument; strings in single quotes, so that JSON goes through."""
+    return " ".join(f"{key}={_literal(value)}" for key, value in config.items())
+
+
+def _literal(value: Any) -> str:
+    return f"'{value}'" if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,109 @@
+"""The Flower ServerApp, and the composition root of every federation: settings -> strategy -> run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from aggregators.core.base import Aggregator
+from aggregators.core.exchange import Exchange
+from aggregators.core.registry import validated
+from aggregators.core.seed import derive_seed
+from aggregators.core.update import GlobalModel, Probe, Tensors
+from client.statistics import unsupported
+from client.task import Task, load, parse, tensors
+from client.training import Training, evaluate
+
+from .grid import StreamingGrid, Transport
+from .ledger import Ledger
+from .settings import Settings, from_run_config
+from .strategy import MergeStrategy
+from .telemetry import Telemetry
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """One run under Flower; a bad configuration ends it, in one line, before any client is woken."""
+    settings = from_run_config(context.run_config)
+    folder = Path(settings.resume or Path(settings.runs_dir) / str(context.run_id)).resolve()
+    federate(settings, StreamingGrid(grid), folder, Telemetry())
+
+
+def federate(
+    settings: Settings, transport: Transport, folder: Path, telemetry: Telemetry
+) -> tuple[GlobalModel, dict[str, float | None]]:
+    """The model after the last round and its evaluation, of a federation over `transport` recorded in `folder`.
+
+    Raises ValueError, in one line, for a configuration that cannot run.
+    """
+    task = _checked_task(settings)
+    ledger = Ledger(folder, settings.checkpoints, settings.keep_replies)
+    if settings.resume and ledger.latest() is None:
+        raise ValueError(f"resume = {settings.resume!r}: no finished round there; give a run's folder, or nothing")
+    model = ledger.restore(global_model(task, settings))
+    _refuse_unless_able(settings.aggregator, task, settings, model)
+    ledger.note("settings", settings.model_dump(mode="json", by_alias=True))
+    size = sum(tensor.numel() for tensor in model.params.values())
+    rounds = range(model.round + 1, settings.rounds + 1)
+    telemetry.started(settings.aggregator.kind, settings.task, size, rounds, str(folder))
+    return MergeStrategy(settings.aggregator, transport, settings, ledger, telemetry).run(model)
+
+
+def _checked_task(settings: Settings) -> Task:
+    try:
+        task = parse(settings.task)
+    except ValueError as error:
+        raise ValueError(f"task = {settings.task!r}: {error}") from None
+    try:
+        validated(Training, settings.training)
+    except ValueError as error:
+        raise ValueError(f"training: {error}") from None
+    return task
+
+
+def global_model(task: Task, settings: Settings) -> GlobalModel:
+    """θ_0 of the task, drawn by the run's seed, on the run's device, with a probe where the task has test data."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(settings.seed, "initial", ""))
+        module = task.model()
+    params = {name: tensor.to(settings.device) for name, tensor in tensors(module, task.private).items()}
+    trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if not trainable & params.keys():
+        raise ValueError(f"task = {settings.task!r}: its model has no trainable parameter to merge")
+    return GlobalModel(params=params, trainable=frozenset(trainable & params.keys()), probe=_probe(task))
+
+
+def _probe(task: Task) -> Probe | None:
+    if (examples := task.test_data()) is None:
+        return None
+    module = task.model()
+
+    def measured(params: Tensors) -> Mapping[str, float]:
+        load(module, params)
+        return evaluate(task, module, examples)
+
+    return Probe(loss=lambda params: measured(params)["loss"], score=lambda params: measured(params)["accuracy"])
+
+
+def _refuse_unless_able(aggregator: Aggregator, task: Task, settings: Settings, model: GlobalModel) -> None:
+    """Raises ValueError, in one line, when the method needs what the task or the run does not provide."""
+    for reason in _lacks(aggregator, task, settings, model):
+        raise ValueError(f"aggregator = {aggregator.kind!r}: {reason}")
+
+
+def _lacks(aggregator: Aggregator, task: Task, settings: Settings, model: GlobalModel) -> Iterator[str]:
+    needs = frozenset[str]().union(*(part.needs for part in aggregator.parts()))
+    if "shared_start" in needs and settings.start != "shared":
+        yield f"it measures steps from the server's model: start = {settings.start!r} must be 'shared'"
+    if "probe" in needs and model.probe is None:
+        yield f"it needs held-out data on the server: task {settings.task!r} defines no test_data"
+    first: Exchange[Any] = next(aggregator.round(model))
+    if reason := unsupported(first.request, task):
+        yield f"{reason} (task = {settings.task!r})"

@@ -1,0 +1,152 @@
+"""Replies one at a time, as they come, over Flower's grid."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between sweeps over the pending replies
+ROLL_CALL = 3.0  # seconds between looks at who is connected
+ATTEMPTS = 3  # times one client's task is sent, at most
+LOST = {3: "its message was lost", 4: "its reply was lost", 5: "it is gone", 8: "its process died"}  # Flower's codes
+MESSAGE_TYPES = {"train": "train", "measure": "query", "evaluate": "evaluate"}
+
+Content = Callable[[int], RecordDict]
+
+
+class Reply(NamedTuple):
+    """What came back from one client: content, or the reason why there is none."""
+
+    client_id: int
+    content: RecordDict | None
+    error: str = ""
+
+
+class Transport(Protocol):
+    """What carries exchanges to clients: Flower's grid, or a loopback in this process."""
+
+    def nodes(self) -> list[int]:
+        """The ids of the clients that are connected, sorted."""
+
+    def ask(self, kind: str, content: Content, cohort: Sequence[int], deadline: float) -> Iterator[Reply]:
+        """One reply per client of the cohort, in order of arrival, until `deadline` seconds have passed."""
+
+
+@dataclass(eq=False)
+class _Asked:
+    """One exchange under way: which message waits for which client, and whose task was lost."""
+
+    pending: dict[str, int] = field(default_factory=dict)
+    lost: dict[int, str] = field(default_factory=dict)
+    answered: set[int] = field(default_factory=set)
+    attempts: dict[int, int] = field(default_factory=dict)
+    activated: Mapping[int, str] = field(default_factory=dict)
+
+    def waits(self) -> bool:
+        return bool(self.pending or self.lost)
+
+    def drop(self, client_id: int) -> None:
+        """Nothing more is expected of this client."""
+        self.answered.add(client_id)
+        self.lost.pop(client_id, None)
+        self.pending = {id: client for id, client in self.pending.items() if client != client_id}
+
+
+@dataclass(eq=False)
+class StreamingGrid:
+    """Flower's grid as a Transport: pushes once, then pulls each reply when it is there, and forgets it.
+
+    Flower delivers at most once. A task whose node died, or restarted between two polls, is sent again, to the same
+    node if it is back, else to one that has newly connected (without authentication a restarted node is a new one).
+    """
+
+    grid: Grid
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+    def nodes(self) -> list[int]:
+        """The ids of the nodes that are connected, sorted."""
+        return sorted(self.grid.get_node_ids())
+
+    def ask(self, kind: str, content: Content, cohort: Sequence[int], deadline: float) -> Iterator[Reply]:
+        """One reply per client of the cohort, in order of arrival; after `deadline` seconds the rest are late."""
+        end = self.clock() + deadline
+        asked = _Asked(activated=self._online())
+        self._push(asked, kind, content, cohort, deadline)
+        pause, roll_call = FIRST_PAUSE, self.clock() + ROLL_CALL
+        while asked.waits() and self.clock() < end:
+            before = len(asked.pending)
+            yield from self._sweep(asked)
+            pause = FIRST_PAUSE if len(asked.pending) < before else min(1.5 * pause, LONGEST_PAUSE)
+            if self.clock() >= roll_call:
+                self._push(asked, kind, content, self._returned(asked), end - self.clock())
+                roll_call = self.clock() + ROLL_CALL
+            if asked.waits():
+                self.sleep(max(0.0, min(pause, end - self.clock())))
+        yield from _late(asked, deadline)
+
+    def _push(self, asked: _Asked, kind: str, content: Content, cohort: Iterable[int], ttl: float) -> None:
+        clients = [client for client in cohort if asked.attempts.get(client, 0) < ATTEMPTS]
+        if not clients or ttl <= 0:
+            return
+        messages = [Message(content(client), client, MESSAGE_TYPES[kind], ttl=ttl, group_id=kind) for client in clients]
+        for client, message_id in zip(clients, self.grid.push_messages(messages), strict=True):
+            asked.attempts[client] = asked.attempts.get(client, 0) + 1
+            if message_id:
+                asked.pending[message_id] = client
+            else:
+                asked.lost[client] = "its message could not be sent"
+
+    def _sweep(self, asked: _Asked) -> Iterator[Reply]:
+        """Pulls the pending messages one by one, so that no more than one reply is held."""
+        for message_id in list(asked.pending):
+            if message_id not in asked.pending:
+                continue
+            for message in self.grid.pull_messages([message_id]):
+                client = asked.pending.pop(message_id)
+                if message.has_error() and message.error.code in LOST:
+                    asked.lost[client] = LOST[message.error.code]
+                    continue
+                asked.drop(client)
+                reply = _reply(client, message)
+                del message
+                yield reply
+                del reply
+
+    def _online(self) -> dict[int, str]:
+        return {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
+
+    def _returned(self, asked: _Asked) -> list[int]:
+        """Who is to be asked again: lost clients that are back, clients that restarted, newcomers for the rest."""
+        online, known = self._online(), asked.attempts
+        restarted = [
+            client
+            for client in set(asked.pending.values())
+            if client in online and online[client] != asked.activated.get(client)
+        ]
+        back = [client for client in asked.lost if client in online and known[client] < ATTEMPTS]
+        gone = [client for client in asked.lost if client not in online]
+        newcomers = [client for client in sorted(online) if client not in asked.activated and client not in known]
+        replaced = list(zip(gone, newcomers, strict=False))
+        for client in [*back, *(old for old, _ in replaced)]:
+            del asked.lost[client]
+        asked.activated = {**asked.activated, **{client: online[client] for client in restarted}}
+        return [*restarted, *back, *(new for _, new in replaced)]
+
+
+def _reply(client: int, message: Message) -> Reply:
+    if message.has_error():
+        reason = (message.error.reason or "").strip().splitlines() or ["no reason given"]
+        return Reply(client, None, f"error {message.error.code}: {reason[-1]}")
+    return Reply(client, message.content)
+
+
+def _late(asked: _Asked, deadline: float) -> Iterator[Reply]:
+    for client in dict.fromkeys([*asked.pending.values(), *asked.lost]):
+        reason = asked.lost.get(client)
+        yield Reply(client, None, f"late: {reason or 'no reply'} within {deadline:g} s")

@@ -1,0 +1,61 @@
+"""The run configuration as one frozen model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+
+from aggregators.core.registry import AnyAggregator, parse, validated
+
+
+class Settings(BaseModel):
+    """How a run goes; keys in the configuration are written with hyphens, those of local training as `training.key`."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, alias_generator=lambda name: name.replace("_", "-")
+    )
+
+    aggregator: AnyAggregator = Field(default_factory=lambda: parse("fedavg"))
+    task: str = "digits"
+    rounds: int = Field(default=3, ge=1)
+    seed: int = Field(default=0, ge=0)
+    start: Literal["shared", "own"] = "shared"  # whether clients begin from θ_0 or from their own initialisation
+    fraction: float = Field(default=1.0, gt=0, le=1)  # of the connected clients, sampled once a round
+    min_clients: int = Field(default=2, ge=1)  # connected before a round begins
+    quorum: int = Field(default=1, ge=1)  # good replies that make an exchange
+    deadline: float = Field(default=600, gt=0, allow_inf_nan=False)  # seconds an exchange may take
+    evaluate: bool = True  # whether clients evaluate the model they receive
+    max_examples: int = Field(default=10**9, ge=1)  # the largest num_examples a client may claim
+    device: str = "auto"  # where the merge runs: auto, cpu, cuda, cuda:1, ...
+    runs_dir: str = "runs"  # where checkpoints and records go
+    checkpoints: int = Field(default=2, ge=1)  # how many of the latest models are kept
+    keep_replies: bool = True  # whether an unfinished round's replies survive a crash
+    resume: str = ""  # the folder of a run to continue
+    training: dict[str, JsonValue] = Field(default_factory=dict)  # local training; validated by the client's model
+
+    @field_validator("device")
+    @classmethod
+    def _usable(cls, device: str) -> str:
+        if device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"not a device of this machine: {str(error).splitlines()[0]}") from None
+        return device
+
+
+def from_run_config(config: Mapping[str, Any]) -> Settings:
+    """Settings from Flower's flat run configuration; ValueError in one line naming the key, value and remedy."""
+    nested: dict[str, Any] = {}
+    for key, value in config.items():
+        group, dot, name = key.partition(".")
+        if dot:
+            nested.setdefault(group, {})[name] = value
+        else:
+            nested[key] = value
+    settings: Settings = validated(Settings, nested)
+    return settings

@@ -1,0 +1,205 @@
+"""Performs an aggregation method's rounds over a transport."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from flwr.app import RecordDict
+
+from aggregators.core.base import Aggregator
+from aggregators.core.exchange import Exchange, LostRound, collect, run
+from aggregators.core.seed import derive_seed
+from aggregators.core.tensors import like
+from aggregators.core.update import ClientUpdate, GlobalModel, Merged
+
+from .admission import Rejected, admit, all_finite
+from .grid import Reply, Transport
+from .ledger import Ledger
+from .settings import Settings
+from .telemetry import ExchangeRecord, RoundRecord, Telemetry, evaluation, finite
+from .wire import Malformed, decode, encode, nbytes
+
+WAIT = 0.5  # seconds between looks at who is connected, before a round begins
+
+
+@dataclass(eq=False)
+class MergeStrategy:
+    """Federated rounds of `aggregator`: asks the cohort, admits replies, merges, checkpoints.
+
+    A bad reply is left out and named; a round below quorum leaves θ_t standing; neither ends the run.
+    """
+
+    aggregator: Aggregator
+    transport: Transport
+    settings: Settings
+    ledger: Ledger
+    telemetry: Telemetry
+    _record: RoundRecord = field(init=False)
+    _cohort: list[int] = field(init=False, default_factory=list)
+
+    def run(self, model: GlobalModel) -> tuple[GlobalModel, dict[str, float | None]]:
+        """The model after the last round, and its evaluation by the clients (empty when nobody evaluated it)."""
+        for _ in range(model.round, self.settings.rounds):
+            model = self._round(model)
+        final = self._evaluated(model) if self.settings.evaluate else {}
+        self.ledger.note("evaluation", {"round": model.round, "clients": final})
+        self.telemetry.summary(self.ledger.records(), final)
+        return model, final
+
+    def _round(self, before: GlobalModel) -> GlobalModel:
+        start = time.perf_counter()
+        model = replace(before, round=before.round + 1)
+        record = self._record = RoundRecord(model.round)
+        try:
+            self._cohort = self._sample(model.round)
+            model = self._applied(model, run(self.aggregator.round(model), lambda asked: self._ask(asked, model)))
+        except LostRound as lost:
+            record.status, record.reason = "lost", str(lost)
+        if record.exchanges:
+            record.received = evaluation(record.exchanges[0].clients)
+        if model.probe is not None:
+            record.test = {
+                "accuracy": finite(model.probe.score(model.params)),
+                "loss": finite(model.probe.loss(model.params)),
+            }
+        record.seconds = time.perf_counter() - start
+        self.ledger.save(model, record.as_dict())
+        self.telemetry.finished(record)
+        return model
+
+    def _applied(self, model: GlobalModel, merged: Merged) -> GlobalModel:
+        params = like(model.params, merged.params)
+        for name, tensor in params.items():
+            if tensor.is_floating_point() and tensor.numel() and not all_finite(tensor):
+                raise LostRound(f"the merged model's {name} is not finite")
+        self._record.metrics = {name: finite(float(value)) for name, value in merged.metrics.items()}
+        return replace(model, params=params, memory=merged.memory)
+
+    def _sample(self, round: int) -> list[int]:
+        """The round's cohort: a fraction of the connected clients, drawn by run seed and round."""
+        nodes = self._connected()
+        size = max(1, self.settings.quorum, round_half_up(self.settings.fraction * len(nodes)))
+        drawn = random.Random(derive_seed(self.settings.seed, round, "cohort"))
+        return sorted(drawn.sample(nodes, min(size, len(nodes))))
+
+    def _connected(self) -> list[int]:
+        end = time.monotonic() + self.settings.deadline
+        while len(nodes := self.transport.nodes()) < self.settings.min_clients:
+            if time.monotonic() > end:
+                raise LostRound(
+                    f"{len(nodes)} clients connected within {self.settings.deadline:g} s,"
+                    f" min-clients is {self.settings.min_clients}"
+                )
+            time.sleep(WAIT)
+        return nodes
+
+    def _evaluated(self, model: GlobalModel) -> dict[str, float | None]:
+        record = self._record = RoundRecord(model.round)
+        try:
+            self._cohort = self._connected()
+            asked = Exchange(task="evaluate", params=model.params, fold=collect)
+            asked.answer(self._ask(asked, model))
+        except LostRound as lost:
+            self.telemetry.left_out(model.round, "all", f"the last model was not evaluated: {lost}")
+        return evaluation(record.exchanges[0].clients) if record.exchanges else {}
+
+    def _ask(self, exchange: Exchange[Any], model: GlobalModel) -> Iterator[ClientUpdate]:
+        """The admitted updates of one exchange as they arrive; those kept from before a crash come first."""
+        if self._own_start(exchange, model):
+            exchange = replace(exchange, params=None)
+        number, note = len(self._record.exchanges), ExchangeRecord(exchange.task)
+        self._record.exchanges.append(note)
+        for update in self.ledger.kept(model.round, number):
+            self._admitted(note, update)
+            with note.timed("folding"):
+                yield update.to(model.device)
+        for reply in self._replies(exchange, model, note):
+            update_or_none = self._checked(reply, exchange, model, note)
+            del reply
+            if update_or_none is not None:
+                with note.timed("keeping"):
+                    self.ledger.keep(model.round, number, update_or_none)
+                with note.timed("folding"):
+                    yield update_or_none.to(model.device)
+            del update_or_none
+        self._cohort = [int(client) for client in note.admitted]
+        if len(note.admitted) < self.settings.quorum:
+            raise LostRound(f"{len(note.admitted)} good replies, the quorum is {self.settings.quorum}")
+
+    def _own_start(self, exchange: Exchange[Any], model: GlobalModel) -> bool:
+        first = model.round == 1 and not self._record.exchanges
+        return self.settings.start == "own" and first and exchange.task == "train"
+
+    def _replies(self, exchange: Exchange[Any], model: GlobalModel, note: ExchangeRecord) -> Iterator[Reply]:
+        cohort = [client for client in self._cohort if str(client) not in note.admitted]
+        with note.timed("encoding"):
+            content = encode(exchange, self._instructions(exchange, model))
+
+        def counted(client: int) -> RecordDict:
+            message = content(client)
+            note.bytes_out += nbytes(message)
+            return message
+
+        note.asked = len(cohort) + len(note.admitted)
+        self.telemetry.asking(model.round, exchange.task, note.asked)
+        replies = self.transport.ask(exchange.task, counted, cohort, self.settings.deadline)
+        try:
+            while True:
+                with note.timed("waiting"):
+                    reply = next(replies, None)
+                if reply is None:
+                    return
+                self.telemetry.replied(str(reply.client_id))
+                yield reply
+                del reply
+        finally:
+            self.telemetry.asked()
+
+    def _instructions(self, exchange: Exchange[Any], model: GlobalModel) -> Mapping[str, Any]:
+        return {
+            "task": self.settings.task,
+            "training": {**self.settings.training, **exchange.training},
+            "seed": self.settings.seed,
+            "round": model.round,
+            "evaluate": (self.settings.evaluate and not self._record.exchanges[1:]) or exchange.task == "evaluate",
+        }
+
+    def _checked(
+        self, reply: Reply, exchange: Exchange[Any], model: GlobalModel, note: ExchangeRecord
+    ) -> ClientUpdate | None:
+        """The update in a reply that may enter the fold; None for one that may not, whose reason is noted."""
+        try:
+            if reply.content is None:
+                raise Rejected(reply.error)
+            note.bytes_in += nbytes(reply.content)
+            with note.timed("decoding"):
+                update = decode(reply.content, reply.client_id)
+            with note.timed("admission"):
+                admit(update, exchange, model, self.settings.max_examples)
+            self._admitted(note, update)
+        except (Rejected, Malformed) as error:
+            note.left_out.append({"client": str(reply.client_id), "reason": str(error)})
+            self.telemetry.left_out(model.round, str(reply.client_id), str(error))
+            return None
+        return update
+
+    def _admitted(self, note: ExchangeRecord, update: ClientUpdate) -> None:
+        """Notes the client's counts and metrics; Rejected when it has answered already, by its id or by its name."""
+        names = {client["name"] for client in note.clients.values()} - {""}
+        if str(update.client_id) in note.admitted or update.name in names:
+            raise Rejected(f"answered twice: {update.name or update.client_id} is in the fold already")
+        note.admitted.append(str(update.client_id))
+        note.clients[str(update.client_id)] = {
+            "name": update.name,
+            "num_examples": update.num_examples,
+            **{name: finite(value) for name, value in update.metrics.items()},
+        }
+
+
+def round_half_up(value: float) -> int:
+    """The nearest whole number, halves upwards."""
+    return int(value + 0.5)

@@ -1,0 +1,186 @@
+"""What happened, as records and as progress for people."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from statistics import fmean, pstdev
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+WIDTH = 120  # columns where the output is no terminal
+
+
+@dataclass(eq=False)
+class ExchangeRecord:
+    """One exchange: who was asked, who was admitted, who was left out and why, bytes, and seconds per stage."""
+
+    task: str
+    asked: int = 0
+    admitted: list[str] = field(default_factory=list)
+    left_out: list[dict[str, str]] = field(default_factory=list)
+    bytes_in: int = 0
+    bytes_out: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    clients: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the seconds spent within to `stage`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+@dataclass(eq=False)
+class RoundRecord:
+    """One round: what became of it, its exchanges, the method's metrics, and evaluations.
+
+    `received` is the clients' evaluation of the model that the round started from; `test` the server's, on its
+    held-out data, of the model that it ended with.
+    """
+
+    round: int
+    status: str = "merged"
+    reason: str = ""
+    exchanges: list[ExchangeRecord] = field(default_factory=list)
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    received: dict[str, float | None] = field(default_factory=dict)
+    test: dict[str, float | None] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as JSON holds it."""
+        return asdict(self)
+
+    def total(self, what: str) -> int:
+        """`bytes_in` or `bytes_out`, or the number of `admitted` or `left_out`, over all exchanges."""
+        values = (getattr(exchange, what) for exchange in self.exchanges)
+        return sum(value if isinstance(value, int) else len(value) for value in values)
+
+
+def evaluation(clients: Mapping[str, Mapping[str, float]]) -> dict[str, float | None]:
+    """Loss and accuracy over the clients, weighted by examples; the worst client's accuracy, and their spread (sd)."""
+    measured = [metrics for metrics in clients.values() if metrics.get("num", 0) > 0]
+    if not measured:
+        return {}
+    weights = [metrics["num"] for metrics in measured]
+    accuracies = [metrics["accuracy"] for metrics in measured]
+    return {
+        "accuracy": finite(fmean(accuracies, weights)),
+        "worst": finite(min(accuracies)),
+        "spread": finite(pstdev(accuracies)),
+        "loss": finite(fmean([metrics["loss"] for metrics in measured], weights)),
+        "clients": len(measured),
+    }
+
+
+def finite(value: float) -> float | None:
+    """The value, or None (null in JSON) where it is NaN or infinite."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
+
+
+@dataclass(eq=False)
+class Telemetry:
+    """Progress on a console: a bar on a terminal, a line per event elsewhere, and a table at the end."""
+
+    console: Console = field(default_factory=_console)
+    _progress: Progress | None = None
+    _bar: TaskID | None = None
+
+    def started(self, method: str, task: str, parameters: int, rounds: Sequence[int], folder: str) -> None:
+        """Says what runs, and where its records go."""
+        span = f"rounds {rounds[0]} to {rounds[-1]}" if rounds else "no rounds left"
+        self._say(f"{method} on {task}: {parameters:,} parameters, {span}; records in {folder}")
+
+    def asking(self, round: int, task: str, clients: int) -> None:
+        """A new exchange has begun."""
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._progress = Progress(*columns, console=self.console, transient=True)
+            self._bar = self._progress.add_task(f"round {round} {task}", total=clients)
+            self._progress.start()
+        else:
+            self._say(f"round {round}: {task}, asking {clients} clients")
+
+    def replied(self, client: str) -> None:
+        """One more client has answered, or been given up."""
+        if self._progress is not None and self._bar is not None:
+            self._progress.advance(self._bar)
+
+    def asked(self) -> None:
+        """The exchange is over."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def left_out(self, round: int, client: str, reason: str) -> None:
+        """A reply may not enter the fold."""
+        self._say(f"round {round}: client {client} left out: {reason}", style="yellow")
+
+    def finished(self, record: RoundRecord) -> None:
+        """A round is over."""
+        stages: dict[str, float] = {}
+        for exchange in record.exchanges:
+            for stage, seconds in exchange.seconds.items():
+                stages[stage] = stages.get(stage, 0.0) + seconds
+        times = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in stages.items())
+        outcome = record.status if not record.reason else f"{record.status}: {record.reason}"
+        self._say(f"round {record.round} {outcome}; {_volume(record)}; {record.seconds:.2f} s ({times})")
+        if record.received:
+            self._say(f"  clients on the model of round {record.round - 1}: {_shown(record.received)}")
+        if record.test:
+            self._say(f"  server on the model of round {record.round}: {_shown(record.test)}")
+
+    def summary(self, records: Sequence[Mapping[str, Any]], final: Mapping[str, float | None]) -> None:
+        """The table of the run."""
+        self.console.print(table(records, final))
+
+    def _say(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style, markup=False, highlight=False)
+
+
+def _volume(record: RoundRecord) -> str:
+    replies = f"{record.total('admitted')} replies, {record.total('left_out')} left out"
+    return f"{replies}; {record.total('bytes_in') / 1e6:.2f} MB in, {record.total('bytes_out') / 1e6:.2f} MB out"
+
+
+def _shown(metrics: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name} {_number(value)}" for name, value in metrics.items())
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def table(records: Sequence[Mapping[str, Any]], final: Mapping[str, float | None]) -> Table:
+    """A row per round: replies, bytes, seconds, and the accuracy of the round's model on clients and server."""
+    rows = Table("round", "outcome", "replies", "left out", "MB in", "MB out", "seconds", "accuracy", "worst", "spread")
+    rows.add_column("server")
+    after = [record["received"] for record in records[1:]] + [final]
+    for record, measured in zip(records, after, strict=True):
+        exchanges = record["exchanges"]
+        rows.add_row(
+            str(record["round"]),
+            record["status"],
+            str(sum(len(exchange["admitted"]) for exchange in exchanges)),
+            str(sum(len(exchange["left_out"]) for exchange in exchanges)),
+            *(f"{sum(exchange[key] for exchange in exchanges) / 1e6:.2f}" for key in ("bytes_in", "bytes_out")),
+            f"{record['seconds']:.1f}",
+            *(_number(measured.get(key)) for key in ("accuracy", "worst", "spread")),
+            _number(record["test"].get("accuracy")),
+        )
+    return rows

@@ -1,0 +1,84 @@
+"""The server's side of the wire: an exchange as messages, and a reply as a ClientUpdate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from aggregators.core.exchange import Exchange
+from aggregators.core.flat import WIRE_VERSION, from_tensor_fields, pack, unpack
+from aggregators.core.update import ESTIMATORS, ClientUpdate, Tensors
+
+
+class Malformed(ValueError):
+    """A reply that does not follow the wire format."""
+
+
+def encode(exchange: Exchange[Any], instructions: Mapping[str, Any]) -> Callable[[int], RecordDict]:
+    """The message of `exchange` for each client; a model that all receive is packed once."""
+    text = json.dumps({**instructions, **_asked(exchange)})
+    if callable(exchange.params):
+        per_client = exchange.params
+        return lambda client_id: _message(text, per_client(client_id))
+    shared = _message(text, exchange.params)
+    return lambda client_id: shared
+
+
+def _asked(exchange: Exchange[Any]) -> dict[str, Any]:
+    return {
+        "exchange": exchange.task,
+        "request": exchange.request.model_dump(),
+        "frozen": sorted(exchange.frozen),
+    }
+
+
+def _message(instructions: str, params: Tensors | None) -> RecordDict:
+    manifest = ConfigRecord({"version": WIRE_VERSION, "instructions": instructions})
+    if params is None:
+        return RecordDict({"manifest": manifest})
+    data, layout = pack(params)
+    manifest["layout"] = json.dumps({"params": layout})
+    flat = ArrayRecord({"flat": Array("uint8", (len(data),), "fedbasin.flat", data)})
+    return RecordDict({"manifest": manifest, "params": flat})
+
+
+def decode(content: RecordDict, client_id: int) -> ClientUpdate:
+    """The update in a reply, its tensors views of the received bytes; Malformed, in one line, when it is none."""
+    try:
+        return _update(content, client_id)
+    except Malformed:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise Malformed(f"not a reply: {type(error).__name__}: {error}".split("\n", 1)[0]) from None
+
+
+def _update(content: RecordDict, client_id: int) -> ClientUpdate:
+    manifest, counts = content.config_records["manifest"], content.metric_records["counts"]
+    if (version := manifest["version"]) != WIRE_VERSION:
+        raise Malformed(f"wire version {version}, this server speaks {WIRE_VERSION}: install one release on both")
+    layouts = json.loads(str(manifest["layout"]))
+    tensors = {name: unpack(content.array_records[name]["flat"].data, layout) for name, layout in layouts.items()}
+    estimator = next((known for known in ESTIMATORS if known == manifest["estimator"]), None)
+    return ClientUpdate(
+        client_id=client_id,
+        name=str(manifest["name"]),
+        num_examples=_count(counts["num_examples"]),
+        num_grads=_count(counts["num_grads"]),
+        estimator=estimator,
+        metrics={name: float(value) for name, value in content.metric_records["metrics"].items()},  # type: ignore[arg-type]
+        **from_tensor_fields(tensors),  # type: ignore[arg-type]
+    )
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int):
+        raise Malformed(f"a count is {value!r}, not a whole number")
+    return value
+
+
+def nbytes(content: RecordDict) -> int:
+    """Bytes of the arrays in a message or reply: what the wire carries, but for a few hundred bytes of envelope."""
+    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
