@@ -21,7 +21,7 @@ from .training import Training, evaluate, train
 from .wire import Instructions, decode, encode, flat_record
 
 app = ClientApp()
-log = logging.getLogger("flwr")
+log = logging.getLogger("flwr.fedbasin")  # a child of Flower's: its format, its handlers
 
 
 @app.train()

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from aggregators.core.exchange import Exchange
 from aggregators.core.flat import tensor_fields
-from aggregators.core.update import ClientUpdate, GlobalModel, Gradients, Tensors
+from aggregators.core.update import ClientUpdate, GlobalModel, Gradients, Request, Tensors
 
-ROUNDING = 1e-4  # relative slack of Cauchy–Schwarz: both sides were rounded to float32, or to half precision, alike
+from .telemetry import one_line
+
+ROUNDING = 1e-3  # relative slack of Cauchy–Schwarz: sums of many examples, rounded to float32; half precision has more
+LAYERWISE = ("gram", "grad_gram", "moments", "cross_moments")
 
 
 class Rejected(ValueError):
@@ -22,17 +25,22 @@ class Rejected(ValueError):
 def admit(update: ClientUpdate, exchange: Exchange[Any], model: GlobalModel, max_examples: int) -> None:
     """Raises Rejected, in one line, unless `update` answers `exchange` with sound values."""
     for reason in _faults(update, exchange, model, max_examples):
-        raise Rejected(reason)
+        raise Rejected(one_line(reason))
 
 
 def _faults(update: ClientUpdate, exchange: Exchange[Any], model: GlobalModel, max_examples: int) -> Iterator[str]:
     """Every reason to leave the update out, the structural ones first: later checks rely on earlier ones."""
     if not 1 <= update.num_examples <= max_examples:
         yield f"num_examples is {update.num_examples}: allowed is 1 to {max_examples}"
+    if not 0 <= update.metrics.get("num", 0) <= max_examples:
+        yield f"the metric num is {update.metrics['num']:g}: allowed is 0 to {max_examples}"
+    asked = Request() if exchange.task == "evaluate" else exchange.request
     yield from _mismatches("params", update.params, model.params if exchange.task == "train" else {})
-    if exchange.task != "evaluate":
-        yield from _statistics(update, exchange.request.gradients, model)
+    yield from _gradients(update, asked.gradients or Gradients(), model)
+    yield from _layerwise(update, asked)
+    yield from _labels(update, asked)
     yield from _not_finite(tensor_fields(update))
+    yield from _impossible_squares(update)
 
 
 def _mismatches(field: str, got: Tensors, expected: Mapping[str, Tensor], rows: int | None = None) -> Iterator[str]:
@@ -44,20 +52,18 @@ def _mismatches(field: str, got: Tensors, expected: Mapping[str, Tensor], rows: 
         shape = tensor.shape if rows is None else (rows, *tensor.shape)
         if got[name].shape != shape:
             yield f"{field} {name} has shape {tuple(got[name].shape)}, asked for {tuple(shape)}"
-        if got[name].is_floating_point() != tensor.is_floating_point():
+        if got[name].dtype not in ({tensor.dtype} if field == "params" else {tensor.dtype, torch.float32}):
             yield f"{field} {name} has dtype {got[name].dtype}, asked for {tensor.dtype}"
 
 
-def _statistics(update: ClientUpdate, asked: Gradients | None, model: GlobalModel) -> Iterator[str]:
+def _gradients(update: ClientUpdate, asked: Gradients, model: GlobalModel) -> Iterator[str]:
     trainable = {name: model.params[name] for name in model.names}
-    asked = asked or Gradients()
     yield from _mismatches("grad_sum", update.grad_sum, trainable if asked.sums else {})
     yield from _mismatches("sq_grad_sum", update.sq_grad_sum, trainable if asked.squares else {})
     sketched = trainable if asked.sketches else {}
     yield from _mismatches("grad_sketch", update.grad_sketch, sketched, rows=asked.sketches)
     if asked.sums or asked.squares or asked.sketches:
         yield from _counts(update, asked)
-    yield from _impossible_squares(update)
 
 
 def _counts(update: ClientUpdate, asked: Gradients) -> Iterator[str]:
@@ -68,14 +74,52 @@ def _counts(update: ClientUpdate, asked: Gradients) -> Iterator[str]:
         yield f"num_grads is {update.num_grads}: allowed is 1 to {most}"
 
 
+def _layerwise(update: ClientUpdate, asked: Request) -> Iterator[str]:
+    """Which layers there are is the method's to check: a state dict does not tell."""
+    for field in LAYERWISE:
+        if bool(getattr(update, field)) != getattr(asked, field):
+            yield f"{field} is missing" if getattr(asked, field) else f"{field} was not asked for"
+    for layer, moments in update.moments.items():
+        if moments.num < 1 or moments.mean.shape != moments.m2.shape:
+            yield f"moments {layer} has {moments.num} rows, shapes {tuple(moments.mean.shape)}, {tuple(moments.m2.shape)}"
+    for field, grams in (("gram", update.gram), ("grad_gram", update.grad_gram)):
+        for layer, gram in grams.items():
+            if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
+                yield f"{field} {layer} has shape {tuple(gram.shape)}, asked for a square matrix"
+
+
+def _labels(update: ClientUpdate, asked: Request) -> Iterator[str]:
+    counts = update.class_counts
+    if (counts is not None) != asked.class_counts:
+        yield "class_counts is missing" if asked.class_counts else "class_counts was not asked for"
+    if counts is not None and not _is_census(counts, update.num_examples):
+        yield f"class_counts is no vector of whole numbers from 0 that sum to num_examples, {update.num_examples}"
+
+
+def _is_census(counts: Tensor, num: int) -> bool:
+    whole = counts.ndim == 1 and not counts.is_floating_point() and bool((counts >= 0).all())
+    return whole and float(counts.double().sum()) == num  # an int64 sum could wrap around
+
+
 def _impossible_squares(update: ClientUpdate) -> Iterator[str]:
-    for name, squares in update.sq_grad_sum.items():
-        if squares.numel() and squares.min() < 0:
-            yield f"sq_grad_sum {name} is negative: a sum of squares cannot be"
-        if name in update.grad_sum:
-            bound = squares.double() * update.num_grads
-            if not (update.grad_sum[name].double().square() <= bound * (1 + ROUNDING) + 1e-30).all():
-                yield f"sq_grad_sum {name} is smaller than grad_sum² / num_grads: Cauchy–Schwarz forbids it"
+    """Sums of squares that are negative, or smaller than Cauchy–Schwarz allows; all values are finite by now."""
+    squares = {f"sq_grad_sum {name}": tensor for name, tensor in update.sq_grad_sum.items()}
+    squares |= {f"moments {layer}": moments.m2 for layer, moments in update.moments.items()}
+    squares |= {f"gram {layer}": gram.diagonal() for layer, gram in update.gram.items()}
+    squares |= {f"grad_gram {layer}": gram.diagonal() for layer, gram in update.grad_gram.items()}
+    for name, tensor in squares.items():
+        if tensor.numel() and tensor.min() < 0:
+            yield f"{name} is negative: a sum of squares cannot be"
+    for name in update.sq_grad_sum.keys() & update.grad_sum.keys():
+        if _too_small(update.sq_grad_sum[name], update.grad_sum[name], update.num_grads):
+            yield f"sq_grad_sum {name} is smaller than grad_sum² / num_grads: Cauchy–Schwarz forbids it"
+
+
+def _too_small(squares: Tensor, sums: Tensor, num: int) -> bool:
+    """Whether (Σ g)² ≤ num · Σ g² fails anywhere by more than rounding and underflow of either dtype explain."""
+    kinds = torch.finfo(squares.dtype), torch.finfo(sums.dtype)
+    slack = 1 + max(ROUNDING, *(4 * kind.eps for kind in kinds))
+    return bool((sums.double().square() > num * (slack * squares.double() + kinds[0].tiny)).any())
 
 
 def _not_finite(fields: Mapping[str, Tensors]) -> Iterator[str]:

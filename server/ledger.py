@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from aggregators.core.flat import from_tensor_fields, pack, tensor_fields, unpack
-from aggregators.core.update import ClientUpdate, GlobalModel, Memory
+from aggregators.core.flat import as_tensor, from_tensor_fields, pack, tensor_fields, unpack
+from aggregators.core.update import ClientUpdate, GlobalModel, Memory, Tensors
+
+log = logging.getLogger("flwr.fedbasin")
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,13 @@ class Ledger:
 
     def save(self, model: GlobalModel, record: Mapping[str, Any]) -> None:
         """Writes θ and memory, then the record; then forgets the round's replies and the oldest models."""
-        tensors, numbers = _flatten(model.memory)
-        tensors |= {_key("params", name): tensor for name, tensor in model.params.items()}
-        metadata = {"round": str(model.round), "numbers": json.dumps(numbers), "order": json.dumps(list(model.params))}
-        _write(self._model(model.round), _safetensors(tensors, metadata))
+        state = {"params": model.params, "memory": model.memory}
+        outline = {"outline": json.dumps(_outline(state))}
+        _write(self._model(model.round), _safetensors(dict(_tensors(state)), outline))
         _write(self._record(model.round), json.dumps(record, indent=1).encode())
         shutil.rmtree(self._replies, ignore_errors=True)
-        for old in sorted(self.folder.glob("round-*.safetensors"))[: -self.checkpoints]:
-            old.unlink()
+        for old in self._rounds("safetensors")[: -self.checkpoints]:
+            self._model(old).unlink()
 
     def note(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes `name`.json."""
@@ -47,25 +49,21 @@ class Ledger:
 
     def latest(self) -> int | None:
         """The last finished round whose model is kept; None in a new run."""
-        finished = [int(path.stem.removeprefix("round-")) for path in self.folder.glob("round-*.safetensors")]
-        return max((round for round in finished if self._record(round).exists()), default=None)
+        return max(set(self._rounds("safetensors")) & set(self._rounds("json")), default=None)
 
     def restore(self, model: GlobalModel) -> GlobalModel:
         """`model` with the latest finished round's parameters, memory and number; itself in a new run."""
         if (latest := self.latest()) is None:
             return model
         with safe_open(self._model(latest), framework="pt", device=str(model.device)) as file:
-            metadata = file.metadata()
-            params = {name: file.get_tensor(_key("params", name)) for name in json.loads(metadata["order"])}
-            paths = [path for path in map(json.loads, file.keys()) if path[0] == "memory"]
-            memory = _unflatten({_key(*path): file.get_tensor(_key(*path)) for path in paths}, metadata["numbers"])
-        if params.keys() != model.params.keys():
+            state = _filled(json.loads(file.metadata()["outline"]), file.get_tensor)
+        if _shapes(state["params"]) != _shapes(model.params):
             raise ValueError(f"the model in {self._model(latest)} is of another task: start a new run")
-        return replace(model, params=params, memory=memory, round=latest)
+        return replace(model, **state, round=latest)
 
     def records(self) -> list[dict[str, Any]]:
         """The records of all finished rounds, in order."""
-        return [json.loads(path.read_text()) for path in sorted(self.folder.glob("round-*.json"))]
+        return [json.loads(self._record(round).read_text()) for round in self._rounds("json")]
 
     def keep(self, round: int, exchange: int, update: ClientUpdate) -> None:
         """Keeps an admitted reply until its round is finished."""
@@ -81,25 +79,33 @@ class Ledger:
             "metrics": dict(update.metrics),
             "layout": {field: layout for field, (_, layout) in packed.items()},
         }
-        arrays = {field: torch.frombuffer(bytearray(data), dtype=torch.uint8) for field, (data, _) in packed.items()}
+        arrays = {field: as_tensor(data) for field, (data, _) in packed.items()}
         number = len(list(self._replies.glob("*")))
         name = f"{round:04d}-{exchange:02d}-{number:06d}.safetensors"
         _write(self._replies / name, _safetensors(arrays, {"header": json.dumps(header)}))
 
     def kept(self, round: int, exchange: int) -> Iterator[ClientUpdate]:
-        """The replies kept for that exchange, in the order in which they were admitted."""
+        """The replies kept for that exchange, in the order in which they were admitted; an unreadable one is skipped."""
         for path in sorted(self._replies.glob(f"{round:04d}-{exchange:02d}-*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()["header"])
-                fields = {
-                    field: unpack(file.get_tensor(field).numpy().tobytes(), layout)
-                    for field, layout in header.pop("layout").items()
-                }
-            yield ClientUpdate(client_id=int(header.pop("client_id")), **header, **from_tensor_fields(fields))
+            try:
+                update = _read(path)
+            except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+                log.warning("the kept reply %s cannot be read, its client is asked again: %s", path.name, error)
+                continue
+            yield update
+            del update
+
+    def closed(self, round: int, exchange: int) -> bool:
+        """Whether replies to a later exchange of the round are kept: they stand on this one's, which takes no more."""
+        return any(int(path.name.split("-")[1]) > exchange for path in self._replies.glob(f"{round:04d}-*.safetensors"))
 
     @property
     def _replies(self) -> Path:
         return self.folder / "replies"
+
+    def _rounds(self, kind: str) -> list[int]:
+        """The rounds, in order, of which there is a file of that kind."""
+        return sorted(int(path.stem.removeprefix("round-")) for path in self.folder.glob(f"round-*.{kind}"))
 
     def _model(self, round: int) -> Path:
         return self.folder / f"round-{round:04d}.safetensors"
@@ -111,7 +117,7 @@ class Ledger:
 def _write(path: Path, data: bytes) -> None:
     """Writes the file whole or not at all, and waits until it is on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
         file.write(data)
         file.flush()
@@ -123,31 +129,40 @@ def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> byt
     return save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, metadata)
 
 
-def _key(*path: str) -> str:
+def _read(path: Path) -> ClientUpdate:
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["header"])
+        packed = {field: file.get_tensor(field).numpy().tobytes() for field in header["layout"]}
+    fields = {field: unpack(packed[field], layout) for field, layout in header.pop("layout").items()}
+    return ClientUpdate(client_id=int(header.pop("client_id")), **header, **from_tensor_fields(fields))
+
+
+def _key(path: tuple[str, ...]) -> str:
     return json.dumps(path)
 
 
-def _flatten(memory: Memory, path: tuple[str, ...] = ("memory",)) -> tuple[dict[str, Tensor], dict[str, int | float]]:
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, int | float] = {}
-    for name, value in memory.items():
+def _tensors(state: Memory, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested mappings, each under its path."""
+    for name, value in state.items():
         if isinstance(value, Tensor):
-            tensors[_key(*path, name)] = value
+            yield _key((*path, name)), value
         elif isinstance(value, Mapping):
-            inner_tensors, inner_numbers = _flatten(value, (*path, name))
-            tensors |= inner_tensors
-            numbers |= inner_numbers
-        else:
-            numbers[_key(*path, name)] = value
-    return tensors, numbers
+            yield from _tensors(value, (*path, name))
 
 
-def _unflatten(tensors: Mapping[str, Tensor], numbers: str) -> Memory:
-    memory: dict[str, Any] = {}
-    for key, value in {**tensors, **json.loads(numbers)}.items():
-        _, *groups, name = json.loads(key)
-        place = memory
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[name] = value
-    return memory
+def _outline(state: Any) -> Any:
+    """Nested mappings with their order and numbers, None in place of each tensor."""
+    if isinstance(state, Mapping):
+        return {name: _outline(value) for name, value in state.items()}
+    return None if isinstance(state, Tensor) else state
+
+
+def _filled(outline: Any, tensor: Callable[[str], Tensor], path: tuple[str, ...] = ()) -> Any:
+    """The inverse: the outline with its tensors."""
+    if isinstance(outline, Mapping):
+        return {name: _filled(value, tensor, (*path, name)) for name, value in outline.items()}
+    return tensor(_key(path)) if outline is None else outline
+
+
+def _shapes(params: Tensors) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in params.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,6 +85,7 @@ def run(
     `settings` are those of a run (`rounds=5`, `seed=1`, `training={"epochs": 2}`). Checkpoints and records stay in
     `folder` when it is given. Raises ValueError, in one line, for a configuration that cannot run.
     """
+    logging.getLogger("flwr.fedbasin").setLevel(logging.WARNING)  # the clients' own progress
     nodes = nodes or [{"partition-id": part, "num-partitions": clients} for part in range(clients)]
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(folder or temporary).resolve()

@@ -6,16 +6,22 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 
 from aggregators.core.registry import AnyAggregator, parse, validated
+
+TRAINING = "training."  # what the keys of local training begin with
 
 
 class Settings(BaseModel):
     """How a run goes; keys in the configuration are written with hyphens, those of local training as `training.key`."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", populate_by_name=True, alias_generator=lambda name: name.replace("_", "-")
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        populate_by_name=True,
+        alias_generator=lambda name: name.replace("_", "-"),
     )
 
     aggregator: AnyAggregator = Field(default_factory=lambda: parse("fedavg"))
@@ -36,13 +42,20 @@ class Settings(BaseModel):
     resume: str = ""  # the folder of a run to continue
     training: dict[str, JsonValue] = Field(default_factory=dict)  # local training; validated by the client's model
 
+    @field_validator("quorum")
+    @classmethod
+    def _reachable(cls, quorum: int, info: ValidationInfo) -> int:
+        if quorum > (most := info.data.get("min_clients", quorum)):
+            raise ValueError(f"at most min-clients, {most}: else a round may begin that cannot end well")
+        return quorum
+
     @field_validator("device")
     @classmethod
     def _usable(cls, device: str) -> str:
         if device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            torch.empty(0, device=device)
+            torch.zeros((), device=device).item()
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"not a device of this machine: {str(error).splitlines()[0]}") from None
         return device
@@ -50,12 +63,7 @@ class Settings(BaseModel):
 
 def from_run_config(config: Mapping[str, Any]) -> Settings:
     """Settings from Flower's flat run configuration; ValueError in one line naming the key, value and remedy."""
-    nested: dict[str, Any] = {}
-    for key, value in config.items():
-        group, dot, name = key.partition(".")
-        if dot:
-            nested.setdefault(group, {})[name] = value
-        else:
-            nested[key] = value
-    settings: Settings = validated(Settings, nested)
+    training = {key.removeprefix(TRAINING): value for key, value in config.items() if key.startswith(TRAINING)}
+    others = {key: value for key, value in config.items() if not key.startswith(TRAINING)}
+    settings: Settings = validated(Settings, {"training": training, **others})
     return settings

@@ -21,7 +21,7 @@ from .grid import Reply, Transport
 from .ledger import Ledger
 from .settings import Settings
 from .telemetry import ExchangeRecord, RoundRecord, Telemetry, evaluation, finite
-from .wire import Malformed, decode, encode, nbytes
+from .wire import Malformed, decode, encode, forget, nbytes
 
 WAIT = 0.5  # seconds between looks at who is connected, before a round begins
 
@@ -45,8 +45,10 @@ class MergeStrategy:
         """The model after the last round, and its evaluation by the clients (empty when nobody evaluated it)."""
         for _ in range(model.round, self.settings.rounds):
             model = self._round(model)
+        start = time.perf_counter()
         final = self._evaluated(model) if self.settings.evaluate else {}
-        self.ledger.note("evaluation", {"round": model.round, "clients": final})
+        seconds = time.perf_counter() - start
+        self.ledger.note("evaluation", {"round": model.round, "clients": final, "seconds": seconds})
         self.telemetry.summary(self.ledger.records(), final)
         return model, final
 
@@ -178,6 +180,7 @@ class MergeStrategy:
             note.bytes_in += nbytes(reply.content)
             with note.timed("decoding"):
                 update = decode(reply.content, reply.client_id)
+                forget(reply.content)
             with note.timed("admission"):
                 admit(update, exchange, model, self.settings.max_examples)
             self._admitted(note, update)

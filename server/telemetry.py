@@ -7,14 +7,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from statistics import fmean, pstdev
+from statistics import pstdev
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-WIDTH = 120  # columns where the output is no terminal
+WIDTH = 120  # columns of a table where the output is no terminal
+LONGEST = 300  # characters of a line about a reply
 
 
 @dataclass(eq=False)
@@ -67,25 +68,43 @@ class RoundRecord:
         return sum(value if isinstance(value, int) else len(value) for value in values)
 
 
-def evaluation(clients: Mapping[str, Mapping[str, float]]) -> dict[str, float | None]:
-    """Loss and accuracy over the clients, weighted by examples; the worst client's accuracy, and their spread (sd)."""
-    measured = [metrics for metrics in clients.values() if metrics.get("num", 0) > 0]
+def evaluation(clients: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """Loss and accuracy over the clients, weighted by examples; the worst client's accuracy, and their spread (sd).
+
+    Clients that report no examples or no accuracy do not count; a loss that is not finite is left out of the mean.
+    """
+    measured = [metrics for metrics in clients.values() if _counts(metrics)]
     if not measured:
         return {}
-    weights = [metrics["num"] for metrics in measured]
     accuracies = [metrics["accuracy"] for metrics in measured]
     return {
-        "accuracy": finite(fmean(accuracies, weights)),
+        "accuracy": _mean("accuracy", measured),
         "worst": finite(min(accuracies)),
         "spread": finite(pstdev(accuracies)),
-        "loss": finite(fmean([metrics["loss"] for metrics in measured], weights)),
+        "loss": _mean("loss", measured),
         "clients": len(measured),
     }
+
+
+def _counts(metrics: Mapping[str, Any]) -> bool:
+    return (metrics.get("num") or 0) > 0 and metrics.get("accuracy") is not None
+
+
+def _mean(key: str, measured: Sequence[Mapping[str, Any]]) -> float | None:
+    """Σ num · value / Σ num over the clients that have the value; plain sums, since fsum raises where it overflows."""
+    told = [metrics for metrics in measured if metrics.get(key) is not None]
+    total = sum(metrics["num"] for metrics in told)
+    return finite(sum(metrics["num"] * metrics[key] for metrics in told) / total) if told else None
 
 
 def finite(value: float) -> float | None:
     """The value, or None (null in JSON) where it is NaN or infinite."""
     return float(value) if math.isfinite(value) else None
+
+
+def one_line(text: str) -> str:
+    """The text as one line of printable characters, cut where it is longer than anyone reads."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:LONGEST]
 
 
 def _console() -> Console:
@@ -150,7 +169,7 @@ class Telemetry:
         self.console.print(table(records, final))
 
     def _say(self, text: str, style: str | None = None) -> None:
-        self.console.print(text, style=style, markup=False, highlight=False)
+        self.console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def _volume(record: RoundRecord) -> str:

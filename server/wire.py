@@ -10,7 +10,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from aggregators.core.exchange import Exchange
 from aggregators.core.flat import WIRE_VERSION, from_tensor_fields, pack, unpack
-from aggregators.core.update import ESTIMATORS, ClientUpdate, Tensors
+from aggregators.core.update import ESTIMATORS, ClientUpdate, Estimator, Tensors
+
+from .telemetry import one_line
 
 
 class Malformed(ValueError):
@@ -49,34 +51,51 @@ def decode(content: RecordDict, client_id: int) -> ClientUpdate:
     """The update in a reply, its tensors views of the received bytes; Malformed, in one line, when it is none."""
     try:
         return _update(content, client_id)
-    except Malformed:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise Malformed(f"not a reply: {type(error).__name__}: {error}".split("\n", 1)[0]) from None
+    except Malformed as error:
+        reason = str(error)
+    except Exception as error:  # there is no telling what a stranger's bytes may cause
+        reason = f"not a reply: {type(error).__name__}: {error}"
+    raise Malformed(one_line(reason))
 
 
 def _update(content: RecordDict, client_id: int) -> ClientUpdate:
     manifest, counts = content.config_records["manifest"], content.metric_records["counts"]
     if (version := manifest["version"]) != WIRE_VERSION:
         raise Malformed(f"wire version {version}, this server speaks {WIRE_VERSION}: install one release on both")
-    layouts = json.loads(str(manifest["layout"]))
-    tensors = {name: unpack(content.array_records[name]["flat"].data, layout) for name, layout in layouts.items()}
-    estimator = next((known for known in ESTIMATORS if known == manifest["estimator"]), None)
+    layouts, arrays = json.loads(str(manifest["layout"])), content.array_records
+    if layouts.keys() != arrays.keys():
+        raise Malformed(f"arrays of {sorted(arrays)}, where the layout describes {sorted(layouts)}")
+    tensors = {name: unpack(arrays[name]["flat"].data, layout) for name, layout in layouts.items()}
     return ClientUpdate(
         client_id=client_id,
         name=str(manifest["name"]),
         num_examples=_count(counts["num_examples"]),
         num_grads=_count(counts["num_grads"]),
-        estimator=estimator,
+        estimator=_estimator(manifest["estimator"]),
         metrics={name: float(value) for name, value in content.metric_records["metrics"].items()},  # type: ignore[arg-type]
         **from_tensor_fields(tensors),  # type: ignore[arg-type]
     )
 
 
 def _count(value: object) -> int:
-    if not isinstance(value, int):
+    if type(value) is not int:  # a bool is no count
         raise Malformed(f"a count is {value!r}, not a whole number")
     return value
+
+
+def _estimator(value: object) -> Estimator | None:
+    for known in ESTIMATORS:
+        if value == known:
+            return known
+    if value != "":
+        raise Malformed(f"estimator {value!r}: allowed is one of {', '.join(ESTIMATORS)}, or none")
+    return None
+
+
+def forget(content: RecordDict) -> None:
+    """Drops the arrays of a message: Flower's records sit in reference cycles, and would wait for the collector."""
+    for record in content.array_records.values():
+        record.clear()
 
 
 def nbytes(content: RecordDict) -> int:

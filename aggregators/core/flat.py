@@ -14,6 +14,7 @@ from .update import TENSOR_FIELDS, ClientUpdate, Moments, Tensors
 
 WIRE_VERSION = 1
 ALIGNMENT = 16  # bytes; every tensor starts at a multiple, so that it can be viewed in place
+MOST_AXES, LARGEST_SIZE = 64, 2**63 - 1  # of a shape, as torch has them; beyond, arithmetic alone would take long
 
 Layout: TypeAlias = Sequence[tuple[str, str, Sequence[int]]]  # (name, dtype, shape) of each tensor, in order
 
@@ -62,7 +63,7 @@ def unpack(data: bytes, layout: Layout) -> dict[str, Tensor]:
         raise ValueError(f"{len(data)} bytes where the layout describes {expected}")
     if len({name for name, _, _ in layout}) != len(spans):
         raise ValueError("a tensor's name stands twice in the layout")
-    flat = _bytes_as_tensor(data)
+    flat = as_tensor(data)
     return {
         name: flat[start : start + _nbytes(dtype, shape)].view(DTYPES[dtype]).view(tuple(shape))
         for (name, dtype, shape), (start, _) in zip(layout, spans, strict=True)
@@ -72,17 +73,23 @@ def unpack(data: bytes, layout: Layout) -> dict[str, Tensor]:
 def _spans(layout: Layout) -> Iterator[tuple[int, int]]:
     end = 0
     for name, dtype, shape in layout:
-        if dtype not in DTYPES or any(not isinstance(size, int) or size < 0 for size in shape):
-            raise ValueError(f"{name!r} is described as {dtype!r} of shape {list(shape)!r}")
+        if not (isinstance(name, str) and isinstance(dtype, str) and dtype in DTYPES and _is_shape(shape)):
+            raise ValueError(f"{name!r:.80} is described as {dtype!r:.80} of shape {shape!r:.80}")
         start, end = end, end + -(-_nbytes(dtype, shape) // ALIGNMENT) * ALIGNMENT
         yield start, end
+
+
+def _is_shape(shape: object) -> bool:
+    sizes = shape if isinstance(shape, list | tuple) and len(shape) <= MOST_AXES else [None]
+    return all(type(size) is int and 0 <= size <= LARGEST_SIZE for size in sizes)  # a bool is no size
 
 
 def _nbytes(dtype: str, shape: Sequence[int]) -> int:
     return prod(shape) * DTYPES[dtype].itemsize
 
 
-def _bytes_as_tensor(data: bytes) -> Tensor:
+def as_tensor(data: bytes) -> Tensor:
+    """A read-only view of `data`, shape (len(data),), uint8."""
     if not data:
         return torch.empty(0, dtype=torch.uint8)
     with warnings.catch_warnings():  # torch warns that bytes are read-only: so are updates
@@ -108,7 +115,7 @@ def from_tensor_fields(fields: Mapping[str, Tensors]) -> dict[str, object]:
     if "moments" in fields:
         known["moments"] = _moments(fields["moments"])
     if "class_counts" in fields:
-        known["class_counts"] = fields["class_counts"].get("")
+        (known["class_counts"],) = fields["class_counts"].values()
     if extra := fields.keys() - known.keys():
         raise ValueError(f"unknown fields {sorted(extra)}")
     return known
@@ -120,6 +127,12 @@ def _moments(tensors: Tensors) -> dict[str, Moments]:
     if missing or len(tensors) != len(layers) * len(Moments._fields):
         raise ValueError(f"moments are incomplete or malformed: {missing or sorted(tensors)}")
     return {
-        layer: Moments(int(tensors[f"{layer}|num"]), tensors[f"{layer}|mean"], tensors[f"{layer}|m2"])
+        layer: Moments(_count(layer, tensors[f"{layer}|num"]), tensors[f"{layer}|mean"], tensors[f"{layer}|m2"])
         for layer in layers
     }
+
+
+def _count(layer: str, num: Tensor) -> int:
+    if num.shape or num.is_floating_point():
+        raise ValueError(f"moments of {layer!r} count {num.dtype} of shape {tuple(num.shape)}, not one whole number")
+    return int(num)

@@ -33,9 +33,8 @@ def methods() -> Mapping[str, type[Aggregator]]:
     found: dict[str, type[Aggregator]] = {}
     for cls in _final(Aggregator):
         kind: str = cls.model_fields["kind"].default
-        if kind in found:
+        if found.setdefault(kind, cls) is not cls:
             raise TypeError(f"two methods of kind {kind!r}: {found[kind]} and {cls}: rename one")
-        found[kind] = cls
     return dict(sorted(found.items()))
 
 
@@ -58,6 +57,8 @@ def _from_json(text: str) -> object:
 def external(kind: str, base: type[BaseModel]) -> Any:
     """The final subclass of `base` that `module:Class` names; ValueError in one line when there is none."""
     module, _, name = kind.partition(":")
+    if not all(map(str.isidentifier, module.split("."))):
+        raise ValueError(f"{kind!r}: {module!r} is no module's name: write module:Class")
     try:
         cls = getattr(import_module(module), name, None)
     except ImportError as error:
@@ -77,7 +78,8 @@ def unknown(what: str, value: str, allowed: Iterator[str] | list[str]) -> str:
 
 def explain(error: ValidationError, cls: type[BaseModel]) -> str:
     """A pydantic error in one line: each key, its value, and what is allowed."""
-    return "; ".join(_explained(detail, cls) for detail in error.errors(include_url=False))
+    lines = "; ".join(_explained(detail, cls) for detail in error.errors(include_url=False))
+    return " ".join(lines.split())
 
 
 def _explained(detail: Any, cls: type[BaseModel]) -> str:
@@ -87,8 +89,10 @@ def _explained(detail: Any, cls: type[BaseModel]) -> str:
         return f"{unknown('key', key, allowed)} (its value: {detail['input']!r})"
     if detail["type"] == "missing":
         return f"{key}: missing; give it a value"
-    message = detail["msg"].removeprefix("Value error, ")
-    return f"{key or cls.__name__} = {detail['input']!r}: {message[:1].lower()}{message[1:]}"
+    message: str = detail["msg"]
+    own = message.removeprefix("Value error, ")  # ours as it stands, pydantic's in lower case
+    said = message[:1].lower() + message[1:] if own == message else own
+    return f"{key or cls.__name__} = {detail['input']!r}: {said}"
 
 
 def validated(cls: type[Any], config: Mapping[str, Any]) -> Any:

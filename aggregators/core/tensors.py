@@ -41,7 +41,7 @@ def norm(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def steps(names: Iterable[str], params: Tensors, start: Tensors) -> dict[str, Tensor]:
-    """The steps θ_k − θ_t of `names`, in float64, or in the params' dtype where that is wider."""
+    """The steps θ_k − θ_t of `names`, in float64."""
     return {name: params[name].double() - start[name].double() for name in names}
 
 

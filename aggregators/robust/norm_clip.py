@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 
 from ..core.base import Aggregator
@@ -34,9 +35,13 @@ class NormClip(Aggregator):
             start = exchange.sent(update.client_id)
             if start is None:
                 raise ValueError("norm_clip measures steps from the server's model: use start = 'shared'")
-            delta = steps(model.names, update.params, start)
+            theta = update.params
+            delta = steps(model.names, theta, start)
             scale = self.max_norm / norm(delta.values()).clamp(min=self.max_norm)
-            clipped = {name: (start[name] + scale * step).to(update.params[name].dtype) for name, step in delta.items()}
-            return replace(update, params={**update.params, **clipped})
+            clipped = {
+                name: torch.where(scale < 1, start[name] + scale * step, theta[name]).to(theta[name].dtype)
+                for name, step in delta.items()
+            }
+            return replace(update, params={**theta, **clipped})
 
         return premap(self.inner.round(model), clip)

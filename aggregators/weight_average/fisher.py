@@ -59,7 +59,7 @@ class Fisher(SumAggregator):
     def terms(self, model: GlobalModel, update: ClientUpdate) -> Iterator[Term]:
         """P_k, P_k θ_k, and n_k θ_k or the target's θ_k."""
         weight = update.num_examples * self._coefficient(update)
-        scale = weight / update.num_grads**self.temper
+        scale = weight / max(1, update.num_grads) ** self.temper
         for name in model.names:
             theta, squares = update.params[name], update.sq_grad_sum[name]
             powers = squares if self.temper == 1 else squares.pow(self.temper)

@@ -1,0 +1,20 @@
+"""`make bench`: every row of the table, with the ratio that is asked for; exits with 1 when one is missed."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from . import fold, memory, rounds, statistics
+
+console = Console(width=150)
+table = Table("work", "beside", "ratio", "asked", "met", "detail")
+met = True
+for benchmark in (fold, memory, statistics, rounds):
+    with console.status(benchmark.__name__):
+        for row in benchmark.rows():
+            console.print(f"{row.work} / {row.beside}: {row.ratio:.2f}", highlight=False)
+            table.add_row(row.work, row.beside, f"{row.ratio:.2f}", row.asked, "yes" if row.met else "NO", row.detail)
+            met &= row.met
+console.print(table)
+raise SystemExit(0 if met else 1)

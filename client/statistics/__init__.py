@@ -1,0 +1,1 @@
+"""What methods ask of clients besides their weights."""
