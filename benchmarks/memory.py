@@ -7,6 +7,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def peak(method: str, replies: int) -> tuple[float, int]:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, alive = _resident("VmRSS"), Alive()
-    arrivals: Iterator[Any] = (inflate_object_from_contents(key, objects, keep_object_contents=True) for _ in range(replies))
+    arrive = partial(inflate_object_from_contents, key, objects, keep_object_contents=True)
+    arrivals: Iterator[Any] = (arrive() for _ in range(replies))
     if method == "flower":
         aggregate_arrayrecords(list(arrivals), "num-examples")
     else:

@@ -34,7 +34,7 @@ def decode(content: RecordDict) -> tuple[Instructions, Tensors | None]:
     """
     manifest = content.config_records["manifest"]
     if (version := manifest.get("version")) != WIRE_VERSION:
-        raise ValueError(f"the server speaks wire version {version}, this client {WIRE_VERSION}: install one release")
+        raise ValueError(f"the server speaks wire version {version!r}, this client {WIRE_VERSION}: install one release")
     instructions = Instructions.model_validate_json(str(manifest["instructions"]))
     if "params" not in content.array_records:
         return instructions, None

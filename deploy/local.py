@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ QUIET = {  # only loopback is contacted
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_OFFLINE": "1",
 }
+NAME = "fedbasin-local"  # of the SuperLink in Flower's configuration
 BIN = Path(sys.executable).parent
 START_SECONDS = 60.0  # for a process to listen
 STOP_SECONDS = 10.0  # for a process to end after SIGTERM
@@ -68,51 +69,67 @@ class LocalFederation:
         self.stop()
 
     def _start_superlink(self) -> None:
-        self._spawn(
-            "superlink",
-            [BIN / "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", self.http]
-            + ["--fleet-api-type", "grpc-rere", "--fleet-api-address", f"127.0.0.1:{self.fleet}"]
-            + ["--health-server-address", f"127.0.0.1:{self.health}", "--disable-runtime-dependency-installation"],
-        )
+        listen = f"--host 127.0.0.1 --port {self.http} --fleet-api-address 127.0.0.1:{self.fleet}"
+        health = f"--health-server-address 127.0.0.1:{self.health}"
+        options = f"--insecure --fleet-api-type grpc-rere {listen} {health} --disable-runtime-dependency-installation"
+        self._spawn("superlink", "flower-superlink", *options.split())
         self._wait_for("superlink", self.fleet)
         self._wait_for("superlink", self.http)
         home = self._home("run")
-        config = f'[superlink.local-federation]\naddress = "127.0.0.1:{self.http}"\ninsecure = true\n'
+        config = f'[superlink.{NAME}]\naddress = "127.0.0.1:{self.http}"\ninsecure = true\n'
         (home / "config.toml").write_text(config)
 
     def start_node(self, number: int) -> None:
         """Starts SuperNode `number`, or starts it again."""
         config = " ".join(f"{key}={json.dumps(value)}" for key, value in self.nodes[number].items())
         (port,) = free_ports(1)
-        self._spawn(
-            f"supernode-{number}",
-            [BIN / "flower-supernode", "--insecure", "--grpc-rere", "--superlink", f"127.0.0.1:{self.fleet}"]
-            + ["--host", "127.0.0.1", "--port", port, "--node-config", config],
-        )
+        options = f"--insecure --grpc-rere --superlink 127.0.0.1:{self.fleet} --host 127.0.0.1 --port {port}"
+        self._spawn(f"supernode-{number}", "flower-supernode", *options.split(), "--node-config", config)
 
     def kill_node(self, number: int) -> None:
         """Kills SuperNode `number` and its children at once, as a power cut would."""
-        _signal(self.processes[f"supernode-{number}"], signal.SIGKILL)
+        process = self.processes.pop(f"supernode-{number}")
+        _signal(process, signal.SIGKILL)
+        process.wait()
 
     def run(self, app: Path, config: Mapping[str, Any], timeout: float = 600, stream: bool = False) -> dict[str, Any]:
-        """Runs the app in folder `app` to its end; what `flwr ls` then says of the run. TimeoutError after `timeout` s.
+        """Runs the app in folder `app` to its end; what `flwr ls` then says of the run.
 
-        `flwr run` exits with 0 even when the run fails: ask the status in the answer.
+        `flwr run` exits with 0 even when the run fails: ask the status in the answer. TimeoutError after `timeout` s.
         """
-        self._flwr("run", str(app), "local-federation", "-c", _overrides(config), *(["--stream"] if stream else []))
+        self.submit(app, config, stream)
+        return self.wait(timeout)
+
+    def submit(self, app: Path, config: Mapping[str, Any], stream: bool = False) -> None:
+        """Starts a run of the app in folder `app`; with `stream`, shows its log and returns at its end."""
+        self._flwr("run", str(app), NAME, "-c", _overrides(config), *(["--stream"] if stream else []))
+
+    def wait(self, timeout: float = 600) -> dict[str, Any]:
+        """What `flwr ls` says of the newest run once it has finished; TimeoutError after `timeout` seconds."""
         end = time.monotonic() + timeout
-        while time.monotonic() < end:
-            newest = self.runs()[0]
-            if str(newest["status"]).startswith("finished"):
-                return newest
+        while not str((newest := self.runs()[0])["status"]).startswith("finished"):
+            if time.monotonic() > end:
+                raise TimeoutError(f"the run is {newest['status']} after {timeout:g} s: see {self.folder}")
             time.sleep(0.5)
-        raise TimeoutError(f"the run is {newest['status']} after {timeout:g} s: see {self.folder}")
+        return newest
+
+    def wait_for_log(self, process: str, text: str, timeout: float = 60) -> None:
+        """Returns when the process has logged `text`; TimeoutError after `timeout` seconds."""
+        end = time.monotonic() + timeout
+        while text not in (self.folder / f"{process}.log").read_text(errors="replace"):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{process} did not log {text!r} in {timeout:g} s: see {self.folder}")
+            time.sleep(0.1)
 
     def runs(self) -> list[dict[str, Any]]:
         """What `flwr ls` says of every run, the newest first."""
-        listed = self._flwr("ls", "local-federation", "--format", "json", capture=True)
+        listed = self._flwr("ls", NAME, "--format", "json", capture=True)
         runs: list[dict[str, Any]] = json.loads(listed)["runs"]
         return runs
+
+    def log(self, run: Mapping[str, Any]) -> str:
+        """What the run's ServerApp has logged."""
+        return self._flwr("log", str(run["run-id"]), NAME, "--show", capture=True)
 
     def _flwr(self, *arguments: str, capture: bool = False) -> str:
         done = subprocess.run(
@@ -129,17 +146,15 @@ class LocalFederation:
         for process in reversed(self.processes.values()):
             _signal(process, signal.SIGTERM)
         for process in self.processes.values():
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                pass
             _signal(process, signal.SIGKILL)
             process.wait()
 
-    def _spawn(self, name: str, command: Sequence[object]) -> None:
+    def _spawn(self, name: str, program: str, *arguments: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [str(word) for word in command],
+                [BIN / program, *arguments],
                 env=self._environment(name),
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
@@ -150,7 +165,8 @@ class LocalFederation:
 
     def _environment(self, name: str) -> dict[str, str]:
         path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])
-        return {**os.environ, "PATH": path, **QUIET, "FLWR_HOME": str(self._home(name)), **self.environment}
+        share = {"OMP_NUM_THREADS": "1"} if name.startswith("supernode") else {}  # nodes share this machine's cores
+        return {**os.environ, "PATH": path, **QUIET, "FLWR_HOME": str(self._home(name)), **share, **self.environment}
 
     def _home(self, name: str) -> Path:
         home = self.folder / "flower" / name
@@ -170,10 +186,8 @@ class LocalFederation:
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _overrides(config: Mapping[str, Any]) -> str:

@@ -80,8 +80,10 @@ def _layerwise(update: ClientUpdate, asked: Request) -> Iterator[str]:
         if bool(getattr(update, field)) != getattr(asked, field):
             yield f"{field} is missing" if getattr(asked, field) else f"{field} was not asked for"
     for layer, moments in update.moments.items():
-        if moments.num < 1 or moments.mean.shape != moments.m2.shape:
-            yield f"moments {layer} has {moments.num} rows, shapes {tuple(moments.mean.shape)}, {tuple(moments.m2.shape)}"
+        if moments.num < 1:
+            yield f"moments {layer} counts {moments.num}: allowed is 1 or more"
+        if moments.mean.shape != moments.m2.shape:
+            yield f"moments {layer} has means of shape {tuple(moments.mean.shape)}, m2 of {tuple(moments.m2.shape)}"
     for field, grams in (("gram", update.gram), ("grad_gram", update.grad_gram)):
         for layer, gram in grams.items():
             if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
@@ -103,16 +105,22 @@ def _is_census(counts: Tensor, num: int) -> bool:
 
 def _impossible_squares(update: ClientUpdate) -> Iterator[str]:
     """Sums of squares that are negative, or smaller than Cauchy–Schwarz allows; all values are finite by now."""
-    squares = {f"sq_grad_sum {name}": tensor for name, tensor in update.sq_grad_sum.items()}
-    squares |= {f"moments {layer}": moments.m2 for layer, moments in update.moments.items()}
-    squares |= {f"gram {layer}": gram.diagonal() for layer, gram in update.gram.items()}
-    squares |= {f"grad_gram {layer}": gram.diagonal() for layer, gram in update.grad_gram.items()}
-    for name, tensor in squares.items():
-        if tensor.numel() and tensor.min() < 0:
+    for name, squares in _squares(update):
+        if squares.numel() and squares.min() < 0:
             yield f"{name} is negative: a sum of squares cannot be"
     for name in update.sq_grad_sum.keys() & update.grad_sum.keys():
         if _too_small(update.sq_grad_sum[name], update.grad_sum[name], update.num_grads):
             yield f"sq_grad_sum {name} is smaller than grad_sum² / num_grads: Cauchy–Schwarz forbids it"
+
+
+def _squares(update: ClientUpdate) -> Iterator[tuple[str, Tensor]]:
+    for name, sums in update.sq_grad_sum.items():
+        yield f"sq_grad_sum {name}", sums
+    for layer, moments in update.moments.items():
+        yield f"moments {layer}", moments.m2
+    for field, grams in (("gram", update.gram), ("grad_gram", update.grad_gram)):
+        for layer, gram in grams.items():
+            yield f"the diagonal of {field} {layer}", gram.diagonal()
 
 
 def _too_small(squares: Tensor, sums: Tensor, num: int) -> bool:

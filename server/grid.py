@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from .telemetry import one_line
+
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between sweeps over the pending replies
 ROLL_CALL = 3.0  # seconds between looks at who is connected
 ATTEMPTS = 3  # times one client's task is sent, at most
@@ -48,7 +50,13 @@ class _Asked:
     activated: Mapping[int, str] = field(default_factory=dict)
 
     def waits(self) -> bool:
-        return bool(self.pending or self.lost)
+        """Whether a reply may still come: a task lost once too often is not sent again."""
+        return bool(self.pending) or any(self.attempts[client] < ATTEMPTS for client in self.lost)
+
+    def lose(self, client_id: int, reason: str) -> None:
+        """The client's task is lost, unless it has been sent again already."""
+        if client_id not in self.pending.values():
+            self.lost[client_id] = reason
 
     def drop(self, client_id: int) -> None:
         """Nothing more is expected of this client."""
@@ -77,40 +85,44 @@ class StreamingGrid:
         """One reply per client of the cohort, in order of arrival; after `deadline` seconds the rest are late."""
         end = self.clock() + deadline
         asked = _Asked(activated=self._online())
-        self._push(asked, kind, content, cohort, deadline)
+        self._push(asked, kind, content, cohort, end)
         pause, roll_call = FIRST_PAUSE, self.clock() + ROLL_CALL
         while asked.waits() and self.clock() < end:
             before = len(asked.pending)
-            yield from self._sweep(asked)
+            yield from self._sweep(asked, end)
             pause = FIRST_PAUSE if len(asked.pending) < before else min(1.5 * pause, LONGEST_PAUSE)
             if self.clock() >= roll_call:
-                self._push(asked, kind, content, self._returned(asked), end - self.clock())
+                again, replaced = self._returned(asked)
+                self._push(asked, kind, content, again, end)
+                yield from replaced
                 roll_call = self.clock() + ROLL_CALL
             if asked.waits():
                 self.sleep(max(0.0, min(pause, end - self.clock())))
         yield from _late(asked, deadline)
 
-    def _push(self, asked: _Asked, kind: str, content: Content, cohort: Iterable[int], ttl: float) -> None:
+    def _push(self, asked: _Asked, kind: str, content: Content, cohort: Iterable[int], end: float) -> None:
+        """Sends each client its task; what the grid does not name afterwards, it could not send."""
         clients = [client for client in cohort if asked.attempts.get(client, 0) < ATTEMPTS]
-        if not clients or ttl <= 0:
+        if not clients or (ttl := end - self.clock()) <= 0:
             return
         messages = [Message(content(client), client, MESSAGE_TYPES[kind], ttl=ttl, group_id=kind) for client in clients]
-        for client, message_id in zip(clients, self.grid.push_messages(messages), strict=True):
+        sent = set(self.grid.push_messages(messages))
+        for client, message in zip(clients, messages, strict=True):
             asked.attempts[client] = asked.attempts.get(client, 0) + 1
-            if message_id:
-                asked.pending[message_id] = client
+            if message.metadata.message_id in sent:
+                asked.pending[message.metadata.message_id] = client
             else:
-                asked.lost[client] = "its message could not be sent"
+                asked.lose(client, "its message could not be sent")
 
-    def _sweep(self, asked: _Asked) -> Iterator[Reply]:
-        """Pulls the pending messages one by one, so that no more than one reply is held."""
+    def _sweep(self, asked: _Asked, end: float) -> Iterator[Reply]:
+        """Pulls the pending messages one by one, so that no more than one reply is held; none that has expired."""
         for message_id in list(asked.pending):
-            if message_id not in asked.pending:
+            if message_id not in asked.pending or self.clock() >= end:
                 continue
             for message in self.grid.pull_messages([message_id]):
                 client = asked.pending.pop(message_id)
                 if message.has_error() and message.error.code in LOST:
-                    asked.lost[client] = LOST[message.error.code]
+                    asked.lose(client, LOST[message.error.code])
                     continue
                 asked.drop(client)
                 reply = _reply(client, message)
@@ -121,7 +133,7 @@ class StreamingGrid:
     def _online(self) -> dict[int, str]:
         return {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
 
-    def _returned(self, asked: _Asked) -> list[int]:
+    def _returned(self, asked: _Asked) -> tuple[list[int], list[Reply]]:
         """Who is to be asked again: lost clients that are back, clients that restarted, newcomers for the rest."""
         online, known = self._online(), asked.attempts
         restarted = [
@@ -132,21 +144,26 @@ class StreamingGrid:
         back = [client for client in asked.lost if client in online and known[client] < ATTEMPTS]
         gone = [client for client in asked.lost if client not in online]
         newcomers = [client for client in sorted(online) if client not in asked.activated and client not in known]
-        replaced = list(zip(gone, newcomers, strict=False))
-        for client in [*back, *(old for old, _ in replaced)]:
+        replaced = dict(zip(gone, newcomers, strict=False))
+        again = [*restarted, *back, *replaced.values()]
+        asked.activated = {**asked.activated, **{client: online[client] for client in again}}
+        replies = [Reply(old, None, f"{asked.lost[old]}: {new} is asked in its place") for old, new in replaced.items()]
+        for client in [*back, *replaced]:
             del asked.lost[client]
-        asked.activated = {**asked.activated, **{client: online[client] for client in restarted}}
-        return [*restarted, *back, *(new for _, new in replaced)]
+        return again, replies
 
 
 def _reply(client: int, message: Message) -> Reply:
     if message.has_error():
-        reason = (message.error.reason or "").strip().splitlines() or ["no reason given"]
-        return Reply(client, None, f"error {message.error.code}: {reason[-1]}")
+        reason = one_line(message.error.reason or "") or "no reason given"
+        return Reply(client, None, f"error {message.error.code}: {reason}")
     return Reply(client, message.content)
 
 
 def _late(asked: _Asked, deadline: float) -> Iterator[Reply]:
-    for client in dict.fromkeys([*asked.pending.values(), *asked.lost]):
-        reason = asked.lost.get(client)
-        yield Reply(client, None, f"late: {reason or 'no reply'} within {deadline:g} s")
+    for client in dict.fromkeys(asked.pending.values()):
+        yield Reply(client, None, f"late: no reply within {deadline:g} s")
+    for client, reason in asked.lost.items():
+        yield Reply(
+            client, None, f"lost: {reason} (attempt {asked.attempts[client]} of {ATTEMPTS}, deadline {deadline:g} s)"
+        )

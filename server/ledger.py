@@ -85,7 +85,7 @@ class Ledger:
         _write(self._replies / name, _safetensors(arrays, {"header": json.dumps(header)}))
 
     def kept(self, round: int, exchange: int) -> Iterator[ClientUpdate]:
-        """The replies kept for that exchange, in the order in which they were admitted; an unreadable one is skipped."""
+        """The replies kept for that exchange, in the order they were admitted; an unreadable one is skipped."""
         for path in sorted(self._replies.glob(f"{round:04d}-{exchange:02d}-*.safetensors")):
             try:
                 update = _read(path)

@@ -72,7 +72,7 @@ class Loopback:
 
 
 def run(
-    task: str | Task,
+    task: str | Mapping[str, Any] | Task,
     aggregator: str | Mapping[str, Any] | Aggregator = "fedavg",
     *,
     clients: int = 4,
@@ -95,8 +95,10 @@ def run(
         return Run(model, Ledger(place).records(), evaluation)
 
 
-def _described(task: str | Task) -> str:
+def _described(task: str | Mapping[str, Any] | Task) -> str:
     if isinstance(task, str):
         return task
+    if isinstance(task, Mapping):
+        return json.dumps(task)
     kind = f"{type(task).__module__}:{type(task).__qualname__}"
     return json.dumps({"kind": kind, **task.model_dump(mode="json")})

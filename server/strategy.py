@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from flwr.app import RecordDict
@@ -20,7 +21,7 @@ from .admission import Rejected, admit, all_finite
 from .grid import Reply, Transport
 from .ledger import Ledger
 from .settings import Settings
-from .telemetry import ExchangeRecord, RoundRecord, Telemetry, evaluation, finite
+from .telemetry import ExchangeRecord, RoundRecord, Telemetry, evaluation, finite, one_line
 from .wire import Malformed, decode, encode, forget, nbytes
 
 WAIT = 0.5  # seconds between looks at who is connected, before a round begins
@@ -115,19 +116,19 @@ class MergeStrategy:
             exchange = replace(exchange, params=None)
         number, note = len(self._record.exchanges), ExchangeRecord(exchange.task)
         self._record.exchanges.append(note)
-        for update in self.ledger.kept(model.round, number):
-            self._admitted(note, update)
+        replies, kept = self._replies(exchange, model, note), self.ledger.kept(model.round, number)
+        answers: Iterator[Reply | ClientUpdate] = chain(kept, replies)
+        for answer in answers:
+            update, fresh = self._checked(answer, exchange, model, note), isinstance(answer, Reply)
+            del answer
+            if update is None:
+                continue
+            if fresh:
+                with note.timed("keeping"):
+                    self.ledger.keep(model.round, number, update)
             with note.timed("folding"):
                 yield update.to(model.device)
-        for reply in self._replies(exchange, model, note):
-            update_or_none = self._checked(reply, exchange, model, note)
-            del reply
-            if update_or_none is not None:
-                with note.timed("keeping"):
-                    self.ledger.keep(model.round, number, update_or_none)
-                with note.timed("folding"):
-                    yield update_or_none.to(model.device)
-            del update_or_none
+            del update
         self._cohort = [int(client) for client in note.admitted]
         if len(note.admitted) < self.settings.quorum:
             raise LostRound(f"{len(note.admitted)} good replies, the quorum is {self.settings.quorum}")
@@ -137,7 +138,8 @@ class MergeStrategy:
         return self.settings.start == "own" and first and exchange.task == "train"
 
     def _replies(self, exchange: Exchange[Any], model: GlobalModel, note: ExchangeRecord) -> Iterator[Reply]:
-        cohort = [client for client in self._cohort if str(client) not in note.admitted]
+        closed = self.ledger.closed(model.round, len(self._record.exchanges) - 1)
+        cohort = [client for client in self._cohort if str(client) not in note.admitted and not closed]
         with note.timed("encoding"):
             content = encode(exchange, self._instructions(exchange, model))
 
@@ -171,35 +173,46 @@ class MergeStrategy:
         }
 
     def _checked(
-        self, reply: Reply, exchange: Exchange[Any], model: GlobalModel, note: ExchangeRecord
+        self, answer: Reply | ClientUpdate, exchange: Exchange[Any], model: GlobalModel, note: ExchangeRecord
     ) -> ClientUpdate | None:
-        """The update in a reply that may enter the fold; None for one that may not, whose reason is noted."""
+        """The update in a reply, or kept, that may enter the fold; None for one that may not, whose reason is noted."""
         try:
-            if reply.content is None:
-                raise Rejected(reply.error)
-            note.bytes_in += nbytes(reply.content)
-            with note.timed("decoding"):
-                update = decode(reply.content, reply.client_id)
-                forget(reply.content)
+            update = self._decoded(answer, note) if isinstance(answer, Reply) else answer
             with note.timed("admission"):
                 admit(update, exchange, model, self.settings.max_examples)
             self._admitted(note, update)
         except (Rejected, Malformed) as error:
-            note.left_out.append({"client": str(reply.client_id), "reason": str(error)})
-            self.telemetry.left_out(model.round, str(reply.client_id), str(error))
+            client, reason = str(answer.client_id), one_line(str(error))
+            note.left_out.append({"client": client, "reason": reason})
+            self.telemetry.left_out(model.round, client, reason)
             return None
         return update
 
+    def _decoded(self, reply: Reply, note: ExchangeRecord) -> ClientUpdate:
+        if reply.content is None:
+            raise Rejected(reply.error)
+        note.bytes_in += nbytes(reply.content)
+        try:
+            with note.timed("decoding"):
+                return decode(reply.content, reply.client_id)
+        finally:
+            forget(reply.content)
+
     def _admitted(self, note: ExchangeRecord, update: ClientUpdate) -> None:
-        """Notes the client's counts and metrics; Rejected when it has answered already, by its id or by its name."""
+        """Notes the client's counts and metrics; Rejected when it has answered already, by its id or by its name.
+
+        After the round's first exchange, a client that newly connected has no part in it: methods match answers by id.
+        """
+        if self._record.exchanges[1:] and update.client_id not in self._cohort:
+            raise Rejected("it connected too late: it has no part in this round's first exchange")
         names = {client["name"] for client in note.clients.values()} - {""}
         if str(update.client_id) in note.admitted or update.name in names:
             raise Rejected(f"answered twice: {update.name or update.client_id} is in the fold already")
         note.admitted.append(str(update.client_id))
         note.clients[str(update.client_id)] = {
+            **{name: finite(value) for name, value in update.metrics.items()},
             "name": update.name,
             "num_examples": update.num_examples,
-            **{name: finite(value) for name, value in update.metrics.items()},
         }
 
 

@@ -61,7 +61,7 @@ def decode(content: RecordDict, client_id: int) -> ClientUpdate:
 def _update(content: RecordDict, client_id: int) -> ClientUpdate:
     manifest, counts = content.config_records["manifest"], content.metric_records["counts"]
     if (version := manifest["version"]) != WIRE_VERSION:
-        raise Malformed(f"wire version {version}, this server speaks {WIRE_VERSION}: install one release on both")
+        raise Malformed(f"wire version {version!r}, this server speaks {WIRE_VERSION}: install one release on both")
     layouts, arrays = json.loads(str(manifest["layout"])), content.array_records
     if layouts.keys() != arrays.keys():
         raise Malformed(f"arrays of {sorted(arrays)}, where the layout describes {sorted(layouts)}")
@@ -73,7 +73,7 @@ def _update(content: RecordDict, client_id: int) -> ClientUpdate:
         num_grads=_count(counts["num_grads"]),
         estimator=_estimator(manifest["estimator"]),
         metrics={name: float(value) for name, value in content.metric_records["metrics"].items()},  # type: ignore[arg-type]
-        **from_tensor_fields(tensors),  # type: ignore[arg-type]
+        **from_tensor_fields(tensors),
     )
 
 

@@ -55,6 +55,9 @@ class Aggregator(BaseModel, ABC):
         return run(self.round(model), ask)
 
 
+BUFFERS = "(buffers)"  # the base's own sum
+
+
 class Term(NamedTuple):
     """scale · factor · value, to be added to the sum called `sum` of the parameter `name`."""
 
@@ -149,13 +152,13 @@ class SumAggregator(Aggregator, ABC):
             for name in buffers:
                 value = update.params[name]
                 if value.is_floating_point():
-                    state.add(Term("buffers", name, update.num_examples, value))
+                    state.add(Term(BUFFERS, name, update.num_examples, value))
                 else:
                     state.highest(name, value)
             return state
 
         def finalize(state: SumState) -> Merged:
-            means = {name: sum.mean() for name, sum in state.sums.pop("buffers", {}).items()}
+            means = {name: sum.mean() for name, sum in state.sums.pop(BUFFERS, {}).items()}
             merged = self.finish(model, state.sums)
             return merged._replace(params=like(model.params, {**merged.params, **means, **state.counters}))
 

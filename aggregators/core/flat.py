@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -109,9 +109,9 @@ def tensor_fields(update: ClientUpdate) -> dict[str, Tensors]:
     return {name: tensors for name, tensors in fields.items() if tensors}
 
 
-def from_tensor_fields(fields: Mapping[str, Tensors]) -> dict[str, object]:
+def from_tensor_fields(fields: Mapping[str, Tensors]) -> dict[str, Any]:
     """The inverse of `tensor_fields`: keyword arguments of ClientUpdate; ValueError for a field it does not know."""
-    known: dict[str, object] = {name: fields[name] for name in TENSOR_FIELDS if name in fields}
+    known: dict[str, Any] = {name: fields[name] for name in TENSOR_FIELDS if name in fields}
     if "moments" in fields:
         known["moments"] = _moments(fields["moments"])
     if "class_counts" in fields:

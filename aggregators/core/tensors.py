@@ -20,8 +20,8 @@ def add_scaled_(total: Tensor, scale: float, value: Tensor, factor: Tensor | Non
     for other in (value,) if factor is None else (value, factor):
         if other.shape != total.shape or other.device != total.device:
             raise ValueError(f"cannot add {_described(other)} to a sum of {_described(total)}")
-    totals, values = total.view(-1), value.reshape(-1)
-    factors = None if factor is None else factor.reshape(-1)
+    totals, values = total.view(-1), value.detach().reshape(-1)
+    factors = None if factor is None else factor.detach().reshape(-1)
     scratch = torch.empty(min(BLOCK, totals.numel()), dtype=torch.float64, device=total.device)
     for start in range(0, totals.numel(), BLOCK):
         part = slice(start, start + BLOCK)
@@ -33,6 +33,11 @@ def add_scaled_(total: Tensor, scale: float, value: Tensor, factor: Tensor | Non
 
 def _described(tensor: Tensor) -> str:
     return f"shape {tuple(tensor.shape)} on {tensor.device}"
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in float32 where its dtype is shorter, itself otherwise."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def norm(tensors: Iterable[Tensor]) -> Tensor:

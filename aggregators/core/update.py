@@ -95,8 +95,9 @@ class ClientUpdate:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def answers_to(self, client: int | str) -> bool:
-        """Whether `client` (a node id, as a number or its digits, or a name) means this client."""
-        return str(client) in (str(self.client_id), self.name)
+        """Whether `client` means this one: its node id, as a number or its digits, or its name if that is no number."""
+        named = bool(self.name) and not self.name.isdigit() and client == self.name
+        return named or str(client) == str(self.client_id)
 
     def to(self, device: torch.device) -> ClientUpdate:
         """The same update with every tensor on `device`; tensors already there are shared, not copied."""

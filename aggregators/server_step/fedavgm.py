@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 
 from ..core.base import Aggregator
 from ..core.exchange import Round
 from ..core.registry import AnyAggregator
-from ..core.tensors import like, steps
+from ..core.tensors import like, steps, widened
 from ..core.update import GlobalModel
 
 
@@ -34,9 +33,7 @@ class FedAvgM(Aggregator):
         step = steps(model.names, merged.params, model.params)
         velocity = {name: self.momentum * past[name] + delta if name in past else delta for name, delta in step.items()}
         moved = {name: model.params[name] + self.learning_rate * v for name, v in velocity.items()}
-        kept = {
-            name: v.to(torch.promote_types(model.params[name].dtype, torch.float32)) for name, v in velocity.items()
-        }
+        kept = {name: v.to(widened(model.params[name]).dtype) for name, v in velocity.items()}
         return merged._replace(
             params=like(model.params, {**merged.params, **moved}),
             memory={"momentum": kept, "inner": merged.memory},

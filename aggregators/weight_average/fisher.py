@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.base import Sum, SumAggregator, Sums, Term
 from ..core.exchange import LostRound
+from ..core.tensors import widened
 from ..core.update import ClientUpdate, Estimator, GlobalModel, Gradients, Merged, Request
 
 Weight: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -62,7 +63,7 @@ class Fisher(SumAggregator):
         scale = weight / max(1, update.num_grads) ** self.temper
         for name in model.names:
             theta, squares = update.params[name], update.sq_grad_sum[name]
-            powers = squares if self.temper == 1 else squares.pow(self.temper)
+            powers = squares if self.temper == 1 else widened(squares).pow(self.temper)
             yield Term("precision", name, scale, powers)
             yield Term("weighted", name, scale, theta, powers)
             if self.prior == "mean":

@@ -1,1 +1,47 @@
 """What methods ask of clients besides their weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from aggregators.core.update import Request
+
+from ..task import Examples, Task
+from ..training import Batch, seeded
+from .gradients import gradients, refusal
+
+LATER = ("gram", "grad_gram", "moments", "cross_moments")  # of layers' activations
+
+
+def measure(task: Task, model: nn.Module, examples: Examples, request: Request, *, seed: int) -> dict[str, object]:
+    """The fields of a ClientUpdate that `request` names, at the model's parameters; ValueError where unsupported."""
+    if reason := unsupported(request, task):
+        raise ValueError(reason)
+    fields: dict[str, object] = {}
+    asked = request.gradients
+    if asked is not None and (asked.sums or asked.squares or asked.sketches):
+        fields |= gradients(task, model, examples, asked, seed=seed)._asdict()
+    if request.class_counts:
+        with seeded(seed):
+            fields["class_counts"] = _class_counts(task, examples)
+    return fields
+
+
+def unsupported(request: Request, task: Task) -> str | None:
+    """Why clients of this task cannot answer `request`, in one line with the remedy; None where they can."""
+    name = type(task).__name__
+    for field in LATER:
+        if getattr(request, field):
+            return f"clients cannot compute {field} yet: choose a method that does not ask for it"
+    if request.class_counts and task.num_classes is None:
+        return f"class_counts needs labels and {name}.num_classes is None: set it, or choose another method"
+    return refusal(task, request.gradients.estimator) if request.gradients else None
+
+
+def _class_counts(task: Task, examples: Examples) -> Tensor:
+    counts = torch.zeros(task.num_classes or 0, dtype=torch.int64)
+    for _, targets in DataLoader[Batch](examples, batch_size=256):
+        counts += targets.flatten().bincount(minlength=len(counts))
+    return counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from aggregators.core.update import Estimator, Gradients, Tensors
 
 from ..task import Examples, Task
 from ..training import Batch, evaluating, seeded
-from .per_example import per_example, plain_attention
+from .per_example import Outer, Rows, per_example, plain_attention
 
 CHUNK = 128  # examples at once, at most: more is no faster
 
@@ -44,17 +45,17 @@ def gradients(
     """
     if reason := refusal(task, request.estimator):
         raise ValueError(reason)
-    totals = {name: _Total.zeros(param, request) for name, param in model.named_parameters()}
     with evaluating(model), seeded(seed), torch.enable_grad(), plain_attention():
         chosen = _chosen(examples, request.limit)
-        if len(chosen):
-            _accumulate(totals, task, model, chosen, request, budget)
+        totals = _totals(task, model, chosen, request, budget)
+    linear = {name: _shaped(total.linear, total.shape) for name, total in totals.items()}
+    squares = {name: _shaped(total.squares, total.shape) for name, total in totals.items()}
     return GradientSums(
-        {name: total.linear[0].float() for name, total in totals.items() if request.sums},
-        {name: total.squares[0].float() for name, total in totals.items() if request.squares},
-        {name: total.linear[int(request.sums) :].float() for name, total in totals.items() if request.sketches},
-        len(chosen),
-        request.estimator,
+        grad_sum={name: rows[0] for name, rows in linear.items() if request.sums},
+        sq_grad_sum={name: rows[0] for name, rows in squares.items() if request.squares},
+        grad_sketch={name: rows[int(request.sums) :] for name, rows in linear.items() if request.sketches},
+        num_grads=len(chosen),
+        estimator=request.estimator,
     )
 
 
@@ -67,46 +68,71 @@ def refusal(task: Task, estimator: Estimator) -> str | None:
 
 
 class _Total(NamedTuple):
-    """Float64 sums over one parameter's gradients, (k, *shape), and their squares, (1, *shape); no row if not asked."""
+    """Float64 sums over a parameter's gradients, (k, P), and over their squares, (1, P); no row where not asked for."""
 
+    shape: torch.Size
     linear: Tensor
     squares: Tensor
 
     @staticmethod
     def zeros(param: Tensor, request: Gradients) -> _Total:
-        rows = int(request.sums) + request.sketches, int(request.squares)
-        linear, squares = (torch.zeros(num, *param.shape, dtype=torch.float64) for num in rows)
-        return _Total(linear, squares)
+        rows = request.sums + request.sketches, int(request.squares)
+        return _Total(param.shape, *(torch.zeros(num, param.numel(), dtype=torch.float64) for num in rows))
+
+    def add(self, g: Rows | Outer, mixture: Tensor, weights: Tensor) -> None:
+        """Adds Σ_b mixture[:, b] · g_b and Σ_b weights[b] · g_b²."""
+        if len(self.linear):
+            g.add_to(self.linear, mixture, power=1)
+        if len(self.squares):
+            g.add_to(self.squares, weights[None], power=2)
 
 
 def _chosen(examples: Examples, limit: int | None) -> Subset[Batch]:
-    order = range(len(examples)) if limit is None else torch.randperm(len(examples))[:limit].tolist()
-    return Subset(examples, order)
+    num = len(examples)  # type: ignore[arg-type]
+    return Subset(examples, range(num) if limit is None else torch.randperm(num)[:limit].tolist())
 
 
-def _accumulate(
-    totals: dict[str, _Total], task: Task, model: nn.Module, examples: Subset[Batch], request: Gradients, budget: int
-) -> None:
+def _totals(
+    task: Task, model: nn.Module, examples: Subset[Batch], request: Gradients, budget: int
+) -> dict[str, _Total]:
+    totals = {name: _Total.zeros(param, request) for name, param in model.named_parameters()}
+    if not len(examples):
+        return totals
     network = per_example(model, examples[0][0])
-    size = min(CHUNK, max(1, budget // (4 * max(1, network.width))))
-    labels = (task.num_classes or 1) if request.estimator == "exact" else 1
-    uniform = torch.rand(len(examples), dtype=torch.float64)
-    signs = 2 * torch.randint(2, (len(examples), labels, request.sketches), dtype=torch.int8) - 1
-    loader: DataLoader[Batch] = DataLoader(examples, size)
-    for (inputs, targets), u, eps in zip(loader, uniform.split(size), signs.split(size), strict=True):
-        step = network(inputs)
-        scores, weights = _scored(task, step.outputs, targets, request.estimator, u)
-        mixture = torch.cat([weights[..., None]][: request.sums] + [eps * weights.sqrt()[..., None]], dim=-1)
+    size = max(1, min(CHUNK, budget // (4 * max(1, network.width))))
+    labels = task.num_classes if request.estimator == "exact" and task.num_classes else 1
+    for (inputs, targets), uniform, signs in _chunks(examples, size, labels, request.sketches):
+        chunk = network(inputs)
+        scores, weights = _scored(task, chunk.outputs, targets, request.estimator, uniform)
+        signed = signs * weights.sqrt()[..., None]
+        mixture = torch.cat([weights[..., None], signed], dim=-1) if request.sums else signed
         for y in range(labels):
-            for name, g in step.gradients(scores[:, y]):
-                g.add_to(totals[name].linear.flatten(1), mixture[:, y].T, power=1)
-                g.add_to(totals[name].squares.flatten(1), weights[:, y][None][: request.squares], power=2)
+            for name, g in chunk.gradients(scores[:, y]):
+                totals[name].add(g, mixture[:, y].T, weights[:, y])
+    return totals
+
+
+def _chunks(examples: Subset[Batch], size: int, labels: int, sketches: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """Examples with their draws, made at once so that they do not depend on `size`: uniform (B,), signs (B, y, r)."""
+    uniform = torch.rand(len(examples), dtype=torch.float64)
+    signs = 2 * torch.randint(2, (len(examples), labels, sketches), dtype=torch.int8) - 1
+    yield from zip(DataLoader(examples, size), torch.split(uniform, size), torch.split(signs, size), strict=True)
 
 
 def _scored(
     task: Task, outputs: Tensor, targets: Tensor, estimator: Estimator, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What is differentiated and how it counts, (B, labels) both."""
+    """What is differentiated and how it counts, both (B, labels); one y ~ p is where `uniform`, (B,), meets its CDF."""
     if estimator == "empirical":
         return -task.loss(outputs, targets)[:, None], torch.ones(len(outputs), 1, dtype=torch.float64)
-    ...
+    labels = torch.arange(task.num_classes or 0).expand(len(outputs), -1)
+    log_p = -torch.stack([task.loss(outputs, y) for y in labels.unbind(1)], dim=1)
+    p = log_p.detach().double().softmax(1)
+    if estimator == "exact":
+        return log_p, p
+    y = torch.searchsorted(p.cumsum(1), uniform[:, None]).clamp(max=p.shape[1] - 1)
+    return (log_p if estimator == "sampled" else outputs).gather(1, y), torch.ones_like(p[:, :1])
+
+
+def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
+    return rows.float().view(len(rows), *shape)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -37,7 +38,7 @@ class Rows(NamedTuple):
     def add_to(self, total: Tensor, weights: Tensor, power: int) -> None:
         """Adds Σ_b weights[:, b] · g_b^power to `total`; float64, (k, B) and (k, P)."""
         width = max(1, BLOCK // len(self.g))
-        for part, g in zip(total.split(width, 1), self.g.split(width, 1), strict=True):
+        for part, g in zip(torch.split(total, width, 1), torch.split(self.g, width, 1), strict=True):
             part.addmm_(weights, g.double().pow(power))
 
 
@@ -67,8 +68,8 @@ class Pass(NamedTuple):
         leaves = {**self.copies, **self.shifts}
         grads = torch.autograd.grad(scores.sum(), list(leaves.values()), retain_graph=True, materialize_grads=True)
         for name, grad in zip(leaves, grads, strict=True):
-            g = grad.flatten(1)
-            yield name, Outer(g, self.inputs[name].detach().flatten(1)) if name in self.inputs else Rows(g)
+            x = self.inputs.get(name)
+            yield name, Rows(_rows(grad)) if x is None else Outer(_rows(grad), _rows(x.detach()))
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,9 @@ def _single(model: nn.Module, tensors: Tensors, example: Tensor) -> dict[str, tu
         outputs = functional_call(model, {**tensors, **weights}, (example[None],))
     nothing = torch.zeros((), requires_grad=True)
     elsewhere = torch.autograd.grad(outputs.sum() + nothing, [*weights.values(), nothing], allow_unused=True)
-    unused = {name for name, grad in zip(weights, elsewhere, strict=False) if grad is None}
-    once = {name: calls[name][0] for name in unused if len(calls[name]) == 1}
-    return {name: (layers[name], zeros) for name, zeros in once.items() if zeros.numel() == layers[name].out_features}
+    once = [name for name, grad in zip(weights, elsewhere, strict=False) if grad is None and len(calls[name]) == 1]
+    found = {name: (layers[name], calls[name][0]) for name in once}
+    return {name: (layer, zeros) for name, (layer, zeros) in found.items() if zeros.numel() == layer.out_features}
 
 
 def _runs(network: PerExample, example: Tensor) -> bool:
@@ -177,6 +178,10 @@ def _changed(layers: Layers, change: Change) -> Iterator[None]:
         for name, layer in layers.items():
             stack.enter_context(layer.register_forward_hook(partial(hook, name), prepend=True, with_kwargs=True))
         yield
+
+
+def _rows(batch: Tensor) -> Tensor:
+    return batch.reshape(len(batch), prod(batch.shape[1:]))
 
 
 def _copies(tensor: Tensor, size: int) -> Tensor:

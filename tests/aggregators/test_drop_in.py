@@ -65,7 +65,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Mapping[s
     for kind in ("dropped_honest", *BROKEN):
         (there / "aggregators/weight_average" / f"{kind}.py").write_text(source(kind))
     report = there / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "dropped_", f"--junitxml={report}", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "dropped_", f"--junitxml={report}"]
     finished = subprocess.run(command, cwd=there, stdout=subprocess.PIPE, text=True, check=False)
     assert finished.returncode == pytest.ExitCode.TESTS_FAILED, finished.stdout
     found: dict[str, dict[str, bool]] = {}

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from toys import PRECISIONS, Precision, ask, clients, fingerprint, global_model, updates
+from toys import PRECISIONS, Precision, ask, away, clients, fingerprint, global_model, updates
 
 from aggregators.core.base import Aggregator
 from aggregators.core.exchange import Exchange, Round, collect, run
@@ -100,16 +100,17 @@ def test_buffers_are_not_clipped() -> None:
 
 
 def test_steps_are_measured_from_what_each_client_was_sent() -> None:
-    model = global_model("float64")
+    model, generator = global_model("float64"), torch.Generator().manual_seed(5)
     cohort = [
-        replace(client, params={name: value + 1e-3 for name, value in personal(model, client.client_id).items()})
-        for client in clients(model)
+        replace(client, params=away(personal(model, client.client_id), generator, 0.1)) for client in clients(model)
     ]
-    merged = run(NormClip(inner=Seen(start="personal"), max_norm=1e-4).round(model), ask(cohort))
+    merged = run(NormClip(inner=Seen(start="personal"), max_norm=1e-3).round(model), ask(cohort))
     for client in cohort:
-        found = merged.memory[str(client.client_id)]
+        start, found = personal(model, client.client_id), merged.memory[str(client.client_id)]
+        scale = 1e-3 / length(model, client.params, start)
         assert isinstance(found, dict)
-        assert length(model, found, personal(model, client.client_id)) == pytest.approx(1e-4, rel=1e-6)
+        for name, step in steps(model.names, client.params, start).items():
+            torch.testing.assert_close(found[name], start[name] + scale * step, rtol=1e-12, atol=1e-12)
 
 
 def test_a_client_that_starts_from_its_own_model_cannot_be_measured() -> None:

@@ -1,0 +1,318 @@
+"""Admission: a sound update enters the fold; any other is refused in one line that says what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import toys
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from aggregators.core.exchange import Exchange, collect
+from aggregators.core.update import TENSOR_FIELDS, ClientUpdate, GlobalModel, Gradients, Moments, Request
+from server.admission import Rejected, admit, all_finite
+from server.telemetry import LONGEST
+
+MOST = 10_000
+MODEL = toys.global_model()
+WEIGHT, COUNTER = "first.weight", "norm.num_batches_tracked"
+ASKED = Exchange(task="train", params=MODEL.params, request=toys.EVERYTHING, fold=collect)
+SOUND = replace(toys.updates(MODEL, toys.EVERYTHING)[0], metrics={"num": 3.0, "loss": float("nan")})
+
+
+def reason(update: ClientUpdate, exchange: Exchange[Any] = ASKED, model: GlobalModel = MODEL) -> str:
+    """Why the update is refused, in one printable line; empty when it is admitted."""
+    try:
+        admit(update, exchange, model, MOST)
+    except Rejected as rejected:
+        refused = str(rejected)
+    else:
+        return ""
+    assert refused.isprintable()
+    assert 0 < len(refused) <= LONGEST
+    return refused
+
+
+def asking(request: Request) -> Exchange[Any]:
+    return replace(ASKED, request=request)
+
+
+def changed(field: str, name: str, value: Tensor | None) -> ClientUpdate:
+    """The sound update with one tensor of one field replaced, or left out."""
+    tensors = {**getattr(SOUND, field), name: value}
+    return replace(SOUND, **{field: {key: tensor for key, tensor in tensors.items() if tensor is not None}})
+
+
+def spoilt(field: str, value: float) -> ClientUpdate:
+    """The sound update with the last entry of one tensor replaced."""
+    bad = getattr(SOUND, field)[WEIGHT].clone()
+    bad.view(-1)[-1] = value
+    return changed(field, WEIGHT, bad)
+
+
+# --- what is admitted -----------------------------------------------------------------------------------------------
+
+
+def test_a_sound_update_is_admitted() -> None:
+    assert reason(SOUND) == ""
+
+
+@pytest.mark.parametrize("precision", toys.PRECISIONS)
+def test_a_sound_update_of_any_precision_is_admitted(precision: toys.Precision) -> None:
+    """Bfloat16, 0-d and empty tensors, integer and boolean buffers: the toy network has them all."""
+    model = toys.global_model(precision)
+    assert [reason(update, model=model) for update in toys.updates(model, toys.EVERYTHING)] == [""] * 4
+
+
+def test_params_alone_are_admitted_where_nothing_else_was_asked_for() -> None:
+    assert reason(ClientUpdate(client_id=1, num_examples=1, params=SOUND.params), asking(Request())) == ""
+
+
+def test_a_measurement_is_admitted_without_params() -> None:
+    assert reason(replace(SOUND, params={}), replace(ASKED, task="measure")) == ""
+
+
+def test_an_evaluation_is_admitted_with_nothing_but_metrics() -> None:
+    exchange = Exchange(task="evaluate", params=MODEL.params, fold=collect)
+    assert reason(ClientUpdate(client_id=1, num_examples=1, metrics={"num": 2.0}), exchange) == ""
+
+
+@pytest.mark.parametrize("num", [1, MOST])
+def test_the_limits_of_num_examples_are_allowed(num: int) -> None:
+    assert reason(ClientUpdate(client_id=1, num_examples=num, params=SOUND.params), asking(Request())) == ""
+
+
+def test_as_many_gradients_as_the_limit_allows_are_admitted() -> None:
+    limited = asking(toys.EVERYTHING.model_copy(update={"gradients": Gradients(squares=True, sums=True, limit=3)}))
+    assert "num_grads is 5: allowed is 1 to 3" in reason(replace(SOUND, grad_sketch={}), limited)
+    assert reason(replace(SOUND, grad_sketch={}, num_grads=3, grad_sum=zeros()), limited) == ""
+
+
+def zeros() -> dict[str, Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in SOUND.grad_sum.items()}
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+NAN, INF = float("nan"), float("inf")
+WRONG: dict[str, tuple[ClientUpdate, str]] = {
+    "no examples": (replace(SOUND, num_examples=0), "num_examples is 0: allowed is 1 to 10000"),
+    "fewer than no examples": (replace(SOUND, num_examples=-4), "num_examples is -4: allowed is 1 to 10000"),
+    "too many examples": (replace(SOUND, num_examples=10_001), "num_examples is 10001: allowed is 1 to 10000"),
+    "a missing tensor": (changed("params", WEIGHT, None), f"params lacks {WEIGHT}"),
+    "no params": (replace(SOUND, params={}), "params lacks again.bias, first.bias, first.weight and 13 more"),
+    "an extra tensor": (changed("params", "backdoor", torch.ones(1)), "params has backdoor, which was not asked for"),
+    "an extra name of two lines": (changed("params", "a\nb\x1b[2J", torch.ones(1)), "params has a b [2J, which"),
+    "an extra name without end": (changed("params", "x" * 5000, torch.ones(1)), "params has xxx"),
+    "a transposed tensor": (
+        changed("params", WEIGHT, torch.ones(4, 6)),
+        f"params {WEIGHT} has shape (4, 6), asked for (6, 4)",
+    ),
+    "a tensor to broadcast": (changed("params", WEIGHT, torch.ones(4)), f"params {WEIGHT} has shape (4,)"),
+    "a vector for a 0-d tensor": (changed("params", "temperature", torch.ones(1)), "params temperature has shape (1,)"),
+    "a 0-d tensor for a vector": (changed("params", "seen", torch.tensor(1).int()), "params seen has shape ()"),
+    "an empty tensor of other shape": (changed("params", "unused", torch.ones(3, 0)), "params unused has shape (3, 0)"),
+    "a wider dtype": (
+        changed("params", WEIGHT, torch.ones(6, 4).double()),
+        "has dtype torch.float64, asked for torch.float32",
+    ),
+    "integers for floats": (changed("params", WEIGHT, torch.ones(6, 4).int()), "has dtype torch.int32, asked for"),
+    "floats for integers": (
+        changed("params", COUNTER, torch.tensor(1.5)),
+        "has dtype torch.float32, asked for torch.int64",
+    ),
+    "params that are NaN": (spoilt("params", NAN), "params first.weight holds NaN or infinity"),
+    "params that are infinite": (spoilt("params", -INF), "params first.weight holds NaN or infinity"),
+    "no sums": (replace(SOUND, grad_sum={}), "grad_sum lacks"),
+    "no squares": (replace(SOUND, sq_grad_sum={}), "sq_grad_sum lacks"),
+    "no sketches": (replace(SOUND, grad_sketch={}), "grad_sketch lacks"),
+    "sums of a buffer": (changed("grad_sum", COUNTER, torch.ones(())), f"grad_sum has {COUNTER}, which was not asked"),
+    "misshapen sums": (changed("grad_sum", WEIGHT, torch.ones(24)), f"grad_sum {WEIGHT} has shape (24,)"),
+    "misshapen squares": (changed("sq_grad_sum", WEIGHT, torch.ones(1)), f"sq_grad_sum {WEIGHT} has shape (1,)"),
+    "too few sketches": (
+        changed("grad_sketch", WEIGHT, torch.ones(1, 6, 4)),
+        "has shape (1, 6, 4), asked for (2, 6, 4)",
+    ),
+    "wide squares": (changed("sq_grad_sum", WEIGHT, torch.ones(6, 4).double()), "sq_grad_sum first.weight has dtype"),
+    "sums that are NaN": (spoilt("grad_sum", NAN), "grad_sum first.weight holds NaN or infinity"),
+    "squares that are NaN": (spoilt("sq_grad_sum", NAN), "sq_grad_sum first.weight holds NaN or infinity"),
+    "squares that are infinite": (spoilt("sq_grad_sum", INF), "sq_grad_sum first.weight holds NaN or infinity"),
+    "sketches that are NaN": (spoilt("grad_sketch", NAN), "grad_sketch first.weight holds NaN or infinity"),
+    "negative squares": (spoilt("sq_grad_sum", -1e-6), "sq_grad_sum first.weight is negative"),
+    "squares too small": (
+        spoilt("grad_sum", 1e4),
+        "first.weight is smaller than grad_sum² / num_grads: Cauchy–Schwarz",
+    ),
+    "no gradients counted": (replace(SOUND, num_grads=0), "num_grads is 0: allowed is 1 to 5"),
+    "more gradients than examples": (replace(SOUND, num_grads=6), "num_grads is 6: allowed is 1 to 5"),
+    "no estimator": (replace(SOUND, estimator=None), "estimator is None, asked for exact"),
+    "the wrong estimator": (replace(SOUND, estimator="empirical"), "estimator is empirical, asked for exact"),
+    "no Gram matrices": (replace(SOUND, gram={}), "gram is missing"),
+    "no gradients' Gram matrices": (replace(SOUND, grad_gram={}), "grad_gram is missing"),
+    "no moments": (replace(SOUND, moments={}), "moments is missing"),
+    "no cross moments": (replace(SOUND, cross_moments={}), "cross_moments is missing"),
+    "an oblong Gram matrix": (
+        changed("gram", "first", torch.ones(2, 3)),
+        "gram first has shape (2, 3), asked for a square",
+    ),
+    "a Gram vector": (
+        changed("grad_gram", "first", torch.ones(3)),
+        "grad_gram first has shape (3,), asked for a square",
+    ),
+    "a negative Gram diagonal": (changed("gram", "first", -torch.eye(5)), "the diagonal of gram first is negative"),
+    "a Gram matrix of NaN": (changed("gram", "first", NAN * torch.eye(5)), "gram first holds NaN or infinity"),
+    "moments of nothing": (
+        replace(SOUND, moments={"a": Moments(0, torch.ones(2), torch.ones(2))}),
+        "moments a counts 0",
+    ),
+    "moments of two shapes": (
+        replace(SOUND, moments={"a": Moments(1, torch.ones(2), torch.ones(1))}),
+        "moments a has means",
+    ),
+    "negative m2": (replace(SOUND, moments={"a": Moments(1, torch.ones(2), -torch.ones(2))}), "moments a is negative"),
+    "moments that are NaN": (
+        replace(SOUND, moments={"a": Moments(1, torch.tensor(NAN), torch.tensor(1.0))}),
+        "moments a|mean",
+    ),
+    "no class counts": (replace(SOUND, class_counts=None), "class_counts is missing"),
+    "class counts of too few": (
+        replace(SOUND, class_counts=torch.tensor([2, 2])),
+        "class_counts is no vector of whole",
+    ),
+    "negative class counts": (replace(SOUND, class_counts=torch.tensor([6, -1])), "class_counts is no vector"),
+    "fractional class counts": (replace(SOUND, class_counts=torch.tensor([2.5, 2.5])), "class_counts is no vector"),
+    "a 0-d class count": (replace(SOUND, class_counts=torch.tensor(5)), "class_counts is no vector"),
+    "class counts that wrap": (
+        replace(SOUND, class_counts=torch.tensor([2**62] * 4 + [5])),
+        "class_counts is no vector",
+    ),
+    "empty class counts": (
+        replace(SOUND, class_counts=torch.tensor([], dtype=torch.int64)),
+        "class_counts is no vector",
+    ),
+    "a claim of too much validation data": (replace(SOUND, metrics={"num": 1e300}), "the metric num is 1e+300"),
+    "a claim of negative validation data": (replace(SOUND, metrics={"num": -1.0}), "the metric num is -1"),
+    "a claim of NaN validation data": (replace(SOUND, metrics={"num": NAN}), "the metric num is nan"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_an_unsound_update_is_refused_in_one_line_that_names_what_is_wrong(case: str) -> None:
+    update, expected = WRONG[case]
+    assert expected in reason(update)
+
+
+@pytest.mark.parametrize("field", [*TENSOR_FIELDS[1:], "moments", "class_counts"])
+def test_a_field_that_was_not_asked_for_is_refused(field: str) -> None:
+    update = ClientUpdate(client_id=1, num_examples=5, params=SOUND.params, **{field: getattr(SOUND, field)})
+    refused = reason(update, asking(Request()))
+    assert refused.startswith(field)
+    assert refused.endswith("not asked for")
+
+
+@pytest.mark.parametrize("task", ["measure", "evaluate"])
+def test_params_are_refused_where_the_exchange_did_not_train(task: Any) -> None:
+    update = ClientUpdate(client_id=1, num_examples=5, params=SOUND.params)
+    assert reason(update, replace(ASKED, task=task)).startswith("params has again.bias")
+
+
+def test_statistics_are_refused_in_an_evaluation_whatever_its_request_says() -> None:
+    assert reason(replace(SOUND, params={}), replace(ASKED, task="evaluate")).startswith("grad_sum has")
+
+
+# --- Cauchy–Schwarz -------------------------------------------------------------------------------------------------
+
+
+def sums_of(gradients: Tensor, dtype: torch.dtype) -> tuple[GlobalModel, ClientUpdate]:
+    """A model of one parameter, and an update with the sums of `gradients`, shape (n, d), rounded to `dtype`."""
+    n, width = gradients.shape
+    model = GlobalModel(params={"w": torch.zeros(width, dtype=dtype)}, trainable=frozenset({"w"}))
+    update = ClientUpdate(
+        client_id=1,
+        num_examples=n,
+        num_grads=n,
+        estimator="exact",
+        params=model.params,
+        grad_sum={"w": gradients.sum(0).to(dtype)},
+        sq_grad_sum={"w": gradients.square().sum(0).to(dtype)},
+    )
+    return model, update
+
+
+BOTH = asking(Request(gradients=Gradients(sums=True, squares=True)))
+
+
+@given(
+    num=st.integers(1, 200),
+    spread=st.sampled_from([0.0, 1e-9, 1e-3, 0.1, 1.0, 10.0]),
+    scale=st.integers(-24, 1),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**31),
+)
+def test_true_sums_of_gradients_pass_in_any_precision(
+    num: int, spread: float, scale: int, dtype: torch.dtype, seed: int
+) -> None:
+    """From all gradients alike, where the bound is tight, to all at random; down to where squares underflow."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.randn(1, 16, generator=generator, dtype=torch.float64)
+    noise = torch.randn(num, 16, generator=generator, dtype=torch.float64)
+    model, update = sums_of((centre + spread * noise) * 10.0**scale / (1 + spread), dtype)
+    assert reason(update, BOTH, model) == ""
+
+
+@given(num=st.integers(1, 200), seed=st.integers(0, 2**31), scale=st.integers(-6, 6))
+def test_squares_that_are_one_percent_too_small_are_refused_in_float32(num: int, seed: int, scale: int) -> None:
+    one = torch.randn(1, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 10.0**scale
+    model, update = sums_of(one.expand(num, 8), torch.float32)
+    shrunk = {"w": update.sq_grad_sum["w"].clone()}
+    shrunk["w"][3] *= 0.99
+    assert "Cauchy–Schwarz" in reason(replace(update, sq_grad_sum=shrunk), BOTH, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_squares_that_are_ten_percent_too_small_are_refused_in_half_precision(dtype: torch.dtype) -> None:
+    model, update = sums_of(torch.full((7, 3), 0.3, dtype=torch.float64), dtype)
+    shrunk = {"w": update.sq_grad_sum["w"] * 0.9}
+    assert "Cauchy–Schwarz" in reason(replace(update, sq_grad_sum=shrunk), BOTH, model)
+
+
+def test_the_cauchy_schwarz_bound_is_checked_per_coordinate() -> None:
+    model, update = sums_of(torch.ones(4, 3, dtype=torch.float64), torch.float32)
+    moved = {"w": torch.tensor([4.0, 1.0, 7.0])}  # Σ over coordinates as it was
+    assert "Cauchy–Schwarz" in reason(replace(update, sq_grad_sum=moved), BOTH, model)
+
+
+def test_the_square_of_a_batchs_mean_gradient_is_refused() -> None:
+    """What a client sends that squares after averaging: too small by about the batch's size."""
+    gradients = torch.full((32, 2), 0.5, dtype=torch.float64)
+    model, update = sums_of(gradients, torch.float32)
+    assert "Cauchy–Schwarz" in reason(
+        replace(update, sq_grad_sum={"w": gradients.mean(0).square().float()}), BOTH, model
+    )
+
+
+def test_sums_added_up_in_float32_pass() -> None:
+    """Ten thousand equal gradients, one at a time: the bound is tight, and every addition rounds the same way."""
+    gradient, sums, squares = torch.full((4,), 0.1), torch.zeros(4), torch.zeros(4)
+    for _ in range(10_000):
+        sums += gradient
+        squares += gradient.square()
+    model, update = sums_of(torch.full((10_000, 4), 0.1, dtype=torch.float64), torch.float32)
+    assert reason(replace(update, grad_sum={"w": sums}, sq_grad_sum={"w": squares}), BOTH, model) == ""
+
+
+# --- finiteness -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("place", [0, 500, 999])
+def test_one_entry_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, value: float, place: int) -> None:
+    tensor = torch.linspace(-1, 1, 1000).to(dtype)
+    assert all_finite(tensor)
+    tensor[place] = value
+    assert not all_finite(tensor)

@@ -1,0 +1,340 @@
+"""The ledger: what is saved is restored bit for bit; what was torn by a crash is as if it had never been written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toys
+from hypothesis import given
+from hypothesis import strategies as st
+from server_toys import population
+from toys import fingerprint
+
+import server.ledger
+from aggregators.core.update import ClientUpdate, GlobalModel, Moments
+from server.ledger import Ledger
+
+MODEL = toys.global_model()
+MEMORY: dict[str, Any] = {
+    "rounds": 3,
+    "rate": 0.1,
+    "infinite": float("inf"),
+    "momentum": {"second.weight": torch.ones(2, 2, dtype=torch.bfloat16), "first.weight": torch.tensor(2.5)},
+    "inner": {"inner": {}, "z": torch.tensor([], dtype=torch.int64), "a": {"deep": {"deeper": torch.tensor(True)}}},
+    "": {'quote"': 1, "dot.ted": 2.0},
+}
+
+
+def after(round: int, **changes: Any) -> GlobalModel:
+    """A model of that round, unlike any other."""
+    return replace(toys.global_model(seed=round), round=round, **changes)
+
+
+def saved(folder: Path, rounds: int, checkpoints: int = 2) -> Ledger:
+    ledger = Ledger(folder, checkpoints)
+    for round in range(1, rounds + 1):
+        ledger.save(after(round), {"round": round})
+    return ledger
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+# --- finished rounds ------------------------------------------------------------------------------------------------
+
+
+def test_a_new_run_restores_the_model_that_it_is_given(tmp_path: Path) -> None:
+    assert Ledger(tmp_path).latest() is None
+    assert Ledger(tmp_path).restore(MODEL) is MODEL
+
+
+@pytest.mark.parametrize("precision", toys.PRECISIONS)
+def test_a_saved_model_is_restored_bit_for_bit(tmp_path: Path, precision: toys.Precision) -> None:
+    """Bfloat16, 0-d and empty tensors, integer and boolean buffers, in their order."""
+    model = replace(toys.global_model(precision, seed=5), round=1)
+    Ledger(tmp_path).save(model, {})
+    restored = Ledger(tmp_path).restore(toys.global_model(precision))
+    assert fingerprint(restored.params) == fingerprint(model.params)
+    assert restored.round == 1
+
+
+def test_nested_memory_is_restored_bit_for_bit_in_its_order(tmp_path: Path) -> None:
+    Ledger(tmp_path).save(after(1, memory=MEMORY), {})
+    memory = Ledger(tmp_path).restore(MODEL).memory
+    assert fingerprint(memory) == fingerprint(MEMORY)
+    assert type(memory["rounds"]) is int
+    assert type(memory["rate"]) is float
+
+
+names = st.text(max_size=4)
+leaves = st.integers() | st.floats() | st.integers(0, 3).map(lambda size: torch.arange(float(size)).to(torch.float16))
+memories = st.dictionaries(names, st.recursive(leaves, lambda inner: st.dictionaries(names, inner, max_size=3)))
+
+
+@given(memory=memories)
+def test_any_memory_is_restored(tmp_path_factory: pytest.TempPathFactory, memory: dict[str, Any]) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    Ledger(folder).save(after(1, memory=memory), {})
+    assert fingerprint(Ledger(folder).restore(MODEL).memory) == fingerprint(memory)
+
+
+def test_params_that_share_their_storage_are_saved(tmp_path: Path) -> None:
+    base = torch.arange(6.0)
+    model = GlobalModel(params={"a": base[:3], "b": base.view(2, 3).T}, trainable=frozenset({"a"}), round=1)
+    Ledger(tmp_path).save(model, {})
+    assert fingerprint(Ledger(tmp_path).restore(model).params) == fingerprint(model.params)
+
+
+def test_what_only_the_task_knows_is_not_restored_but_kept(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    restored = Ledger(tmp_path).restore(MODEL)
+    assert restored.probe is MODEL.probe
+    assert restored.trainable == MODEL.trainable
+
+
+def test_only_the_newest_models_are_kept_and_all_records_are(tmp_path: Path) -> None:
+    ledger = saved(tmp_path, 5, checkpoints=2)
+    models = [name for name in files(tmp_path) if name.endswith(".safetensors")]
+    assert models == ["round-0004.safetensors", "round-0005.safetensors"]
+    assert [record["round"] for record in ledger.records()] == [1, 2, 3, 4, 5]
+
+
+def test_rounds_are_in_the_order_of_their_numbers_beyond_four_digits(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, checkpoints=1)
+    for round in (9_999, 10_000, 10_001):
+        ledger.save(after(round), {"round": round})
+    assert ledger.latest() == 10_001
+    assert [record["round"] for record in ledger.records()] == [9_999, 10_000, 10_001]
+
+
+def test_the_latest_finished_round_is_restored(tmp_path: Path) -> None:
+    restored = saved(tmp_path, 3).restore(MODEL)
+    assert restored.round == 3
+    assert fingerprint(restored.params) == fingerprint(after(3).params)
+
+
+def test_a_model_of_another_task_is_refused_in_one_line(tmp_path: Path) -> None:
+    ledger = saved(tmp_path, 1)
+    for params in ({"w": torch.ones(1)}, {**MODEL.params, "first.weight": torch.ones(6, 5)}):
+        with pytest.raises(ValueError, match=r"round-0001\.safetensors is of another task: start a new run$"):
+            ledger.restore(replace(MODEL, params=params))
+
+
+def test_notes_stand_beside_the_rounds_and_are_none(tmp_path: Path) -> None:
+    ledger = saved(tmp_path, 1)
+    ledger.note("settings", {"rounds": 3})
+    ledger.note("v1.2", {"rounds": 4})
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"rounds": 3}
+    assert json.loads((tmp_path / "v1.2.json").read_text()) == {"rounds": 4}
+    assert len(ledger.records()) == 1
+
+
+# --- crashes while a round is saved ---------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def killed_at_the(write: int, monkeypatch: pytest.MonkeyPatch, half: bool) -> None:
+    """The n-th file is not put in its place; only half of it has been written when `half`."""
+    put, calls = server.ledger.os.replace, iter(range(1, 99))
+
+    def replacing(partial: Path, path: Path) -> None:
+        if next(calls) < write:
+            return put(partial, path)
+        if half:
+            partial.write_bytes(partial.read_bytes()[: partial.stat().st_size // 2])
+        raise Killed
+
+    monkeypatch.setattr(server.ledger.os, "replace", replacing)
+
+
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("write", [1, 2])
+@pytest.mark.parametrize("checkpoints", [1, 2])
+def test_a_round_torn_while_it_was_saved_falls_back_to_the_last_finished_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoints: int, write: int, half: bool
+) -> None:
+    """Killed while writing the model, and between the model and its record."""
+    ledger = saved(tmp_path, 2, checkpoints)
+    with monkeypatch.context() as patched:
+        killed_at_the(write, patched, half)
+        with pytest.raises(Killed):
+            ledger.save(after(3), {"round": 3})
+    assert ledger.latest() == 2
+    assert fingerprint(ledger.restore(MODEL).params) == fingerprint(after(2).params)
+    assert [record["round"] for record in ledger.records()] == [1, 2]
+    ledger.save(after(3), {"round": 3})
+    assert ledger.restore(MODEL).round == 3
+
+
+def test_a_crash_before_the_record_keeps_the_rounds_replies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = saved(tmp_path, 1)
+    ledger.keep(2, 0, UPDATES[0])
+    with monkeypatch.context() as patched:
+        killed_at_the(2, patched, half=False)
+        with pytest.raises(Killed):
+            ledger.save(after(2), {"round": 2})
+    assert [update.client_id for update in ledger.kept(2, 0)] == [UPDATES[0].client_id]
+
+
+def test_files_of_one_round_do_not_share_a_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    partials = []
+
+    def noted(partial: Path, path: Path) -> None:
+        partials.append(partial.name)
+        partial.rename(path)
+
+    monkeypatch.setattr(server.ledger.os, "replace", noted)
+    ledger = saved(tmp_path, 1)
+    ledger.note("round-0001", {})
+    assert len(set(partials)) == 2
+    assert all(name.endswith(".partial") for name in partials)
+
+
+# --- replies --------------------------------------------------------------------------------------------------------
+
+UPDATES = toys.updates(MODEL, toys.EVERYTHING)
+
+
+def test_kept_replies_come_back_bit_for_bit_in_the_order_of_their_arrival(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for update in UPDATES:
+        ledger.keep(1, 0, update)
+    assert [fingerprint(update) for update in ledger.kept(1, 0)] == [fingerprint(update) for update in UPDATES]
+    assert [update.client_id for update in UPDATES] == list(toys.IDS)  # which is not their sorted order
+
+
+def test_more_than_ten_replies_keep_their_order(tmp_path: Path) -> None:
+    ledger, cohort = Ledger(tmp_path), population(MODEL, 12)
+    for client in reversed(cohort):
+        ledger.keep(1, 0, ClientUpdate(client_id=client.client_id, num_examples=1))
+    assert [update.client_id for update in ledger.kept(1, 0)] == list(range(12, 0, -1))
+
+
+def test_an_update_of_empty_and_odd_tensors_is_kept(tmp_path: Path) -> None:
+    update = ClientUpdate(
+        client_id=2**64 - 1,
+        name="münchen\n",
+        num_examples=1,
+        params={"unused": torch.empty(0, 3)},
+        moments={"a|b": Moments(2, torch.ones(1).bfloat16(), torch.zeros(1))},
+        metrics={"loss": float("nan")},
+    )
+    Ledger(tmp_path).keep(1, 0, update)
+    (kept,) = Ledger(tmp_path).kept(1, 0)
+    assert fingerprint(kept) == fingerprint(update)
+
+
+def test_replies_are_kept_by_round_and_exchange(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for round, exchange in ((1, 0), (1, 1), (2, 0), (1, 0)):
+        ledger.keep(round, exchange, ClientUpdate(client_id=10 * round + exchange, num_examples=1))
+    assert [update.client_id for update in ledger.kept(1, 0)] == [10, 10]
+    assert [update.client_id for update in ledger.kept(1, 1)] == [11]
+    assert [update.client_id for update in ledger.kept(2, 0)] == [20]
+    assert list(ledger.kept(2, 1)) == []
+
+
+def test_an_exchange_is_closed_once_replies_to_a_later_one_are_kept(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.keep(1, 0, UPDATES[0])
+    assert not ledger.closed(1, 0)
+    ledger.keep(1, 1, UPDATES[0])
+    assert ledger.closed(1, 0)
+    assert not ledger.closed(1, 1)
+    assert not ledger.closed(2, 0)
+
+
+def test_a_finished_round_forgets_its_replies(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.keep(1, 0, UPDATES[0])
+    ledger.save(after(1), {"round": 1})
+    assert list(ledger.kept(1, 0)) == []
+    assert files(tmp_path) == ["round-0001.json", "round-0001.safetensors"]
+
+
+def test_no_reply_is_kept_when_none_is_to_be(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, keep_replies=False)
+    ledger.keep(1, 0, UPDATES[0])
+    assert files(tmp_path) == []
+    assert list(ledger.kept(1, 0)) == []
+
+
+@pytest.fixture
+def warned() -> Iterator[list[str]]:
+    """What the ledger's logger said."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    server.ledger.log.addHandler(handler)
+    yield lines
+    server.ledger.log.removeHandler(handler)
+
+
+def torn(data: bytes) -> dict[str, bytes]:
+    return {
+        "empty": b"",
+        "half": data[: len(data) // 2],
+        "one byte short": data[:-1],
+        "of another format": b"PK" + data[2:],
+        "without its header": data.replace(b'\\"num_examples\\"', b'\\"num_exmaples\\"'),
+        "with another layout": data.replace(b'\\"float32\\"', b'\\"float64\\"'),
+        "with a client of no number": data.replace(b'\\"client_id\\": \\"1\\"', b'\\"client_id\\": \\"x\\"'),
+    }
+
+
+@pytest.mark.parametrize("how", torn(b""))
+def test_a_kept_reply_that_cannot_be_read_is_skipped_with_a_warning(
+    tmp_path: Path, warned: list[str], how: str
+) -> None:
+    ledger = Ledger(tmp_path)
+    for update in UPDATES[:3]:
+        ledger.keep(1, 0, update)
+    spoilt = sorted((tmp_path / "replies").iterdir())[1]
+    data = spoilt.read_bytes()
+    assert torn(data)[how] != data
+    spoilt.write_bytes(torn(data)[how])
+    expected = [fingerprint(UPDATES[0]), fingerprint(UPDATES[2])]
+    assert [fingerprint(update) for update in ledger.kept(1, 0)] == expected
+    assert len(warned) == 1
+    assert spoilt.name in warned[0]
+
+
+def test_a_reply_that_was_being_written_when_the_server_died_is_none(tmp_path: Path, warned: list[str]) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.keep(1, 0, UPDATES[0])
+    (tmp_path / "replies" / "0001-00-000001.safetensors.partial").write_bytes(b"half")
+    ledger.keep(1, 0, UPDATES[1])
+    assert [update.client_id for update in ledger.kept(1, 0)] == [UPDATES[0].client_id, UPDATES[1].client_id]
+    assert not ledger.closed(1, 0)
+    assert warned == []
+
+
+# --- formats --------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("pickled")
+
+    for module, name in ((pickle, "dump"), (pickle, "dumps"), (pickle, "load"), (pickle, "loads")):
+        monkeypatch.setattr(module, name, refuse)
+    for name in ("save", "load"):
+        monkeypatch.setattr(torch, name, refuse)
+    ledger = Ledger(tmp_path)
+    ledger.keep(1, 0, UPDATES[0])
+    assert len(list(ledger.kept(1, 0))) == 1
+    ledger.save(after(1, memory=MEMORY), {"round": 1})
+    assert ledger.restore(MODEL).round == 1
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
