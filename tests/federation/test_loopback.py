@@ -1,0 +1,170 @@
+"""Whole federations in this process: tasks, clients, wire, admission, merge core and ledger together."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from flwr.app import RecordDict
+from torch import nn
+from torch.utils.data import TensorDataset
+from typer.testing import CliRunner
+
+from client.task import Examples, Node, Task
+from server import loopback
+from server.app import federate
+from server.cli import app as command
+from server.grid import Content, Reply
+from server.settings import from_run_config
+from server.telemetry import Telemetry
+
+QUICK = {"rounds": 2, "training": {"epochs": 1}}
+
+
+class Line(Task):
+    """Points on a noisy line: a task without labels, whose slope is private where asked."""
+
+    private: ClassVar[tuple[str, ...]] = ()
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def data(self, node: Node) -> tuple[Examples, Examples]:
+        if node.get("broken"):
+            raise OSError("the disk is full")
+        generator = torch.Generator().manual_seed(int(node["partition-id"]))
+        inputs = torch.randn(40, 1, generator=generator)
+        examples = TensorDataset(inputs, 2 * inputs + 0.1 * torch.randn(40, 1, generator=generator))
+        return examples, examples
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (outputs - targets).square().sum(1)
+
+    def correct(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return ((outputs - targets).abs() < 0.5).float().squeeze(1)
+
+
+class PrivateHead(Line):
+    private: ClassVar[tuple[str, ...]] = ("2.*",)
+
+
+def same(a: loopback.Run, b: loopback.Run) -> bool:
+    return all(torch.equal(a.model.params[name], b.model.params[name]) for name in b.model.params)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["fedavg", "fisher", "median", {"kind": "fedavgm", "inner": "fisher"}, {"kind": "norm_clip", "inner": "fedavg"}],
+    ids=str,
+)
+def test_every_kind_of_method_learns_the_digits(method: Any) -> None:
+    run = loopback.run({"kind": "digits", "partition": "iid"}, method, rounds=4, training={"epochs": 5})
+    accuracies = [record["test"]["accuracy"] for record in run.records]
+    assert accuracies[-1] > max(0.6, accuracies[0])
+    assert run.evaluation["accuracy"] > 0.6
+
+
+def test_two_federations_of_one_seed_give_the_same_bits_and_another_seed_others() -> None:
+    runs = [loopback.run(Line(), seed=seed, **QUICK) for seed in (1, 1, 2)]
+    assert same(runs[0], runs[1])
+    assert not same(runs[0], runs[2])
+
+
+def test_private_parameters_stay_at_their_clients_from_round_to_round(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        run = loopback.run(PrivateHead(), rounds=3, training={"epochs": 20})
+    assert list(run.model.params) == ["0.weight", "0.bias"]
+    assert "private parameters start from their initial values" not in caplog.text
+    assert run.evaluation["loss"] < run.records[0]["received"]["loss"] / 2
+
+
+def test_clients_that_start_from_their_own_models_receive_none_in_the_first_round() -> None:
+    run = loopback.run(Line(), start="own", **QUICK)
+    first, second = (record["exchanges"][0] for record in run.records)
+    assert first["bytes_out"] == 0 < second["bytes_out"]
+    assert run.records[0]["received"] == {}
+    assert len({client["train_loss"] for client in first["clients"].values()}) == len(first["clients"])
+
+
+def test_a_client_that_fails_is_named_and_the_others_go_on() -> None:
+    nodes = [{"partition-id": 0}, {"partition-id": 1, "broken": True}, {"partition-id": 2}]
+    run = loopback.run(Line(), nodes=nodes, **QUICK)
+    for record in run.records:
+        (exchange,) = record["exchanges"]
+        assert exchange["admitted"] == ["1", "3"]
+        assert exchange["left_out"] == [{"client": "2", "reason": "error 2: OSError: the disk is full"}]
+
+
+def test_below_quorum_the_model_stands_and_the_record_says_so() -> None:
+    nodes = [{"partition-id": 0}, {"partition-id": 1, "broken": True}]
+    run = loopback.run(Line(), nodes=nodes, quorum=2, **QUICK)
+    assert [record["status"] for record in run.records] == ["lost", "lost"]
+    assert run.records[0]["reason"] == "1 good replies, the quorum is 2"
+    untouched = loopback.run(Line(), nodes=nodes, quorum=2, rounds=1, training={"epochs": 1})
+    assert same(run, untouched)
+
+
+def test_a_run_resumed_after_two_rounds_gives_the_bits_of_one_that_went_through(tmp_path: Path) -> None:
+    method = {"kind": "fedavgm", "inner": {"kind": "fedavg"}}
+    whole = loopback.run(Line(), method, rounds=4)
+    loopback.run(Line(), method, rounds=2, folder=tmp_path)
+    rest = loopback.run(Line(), method, rounds=4, folder=tmp_path, resume=str(tmp_path))
+    assert same(rest, whole)
+    assert [record["round"] for record in rest.records] == [1, 2, 3, 4]
+
+
+class Asleep:
+    """A transport whose clients must not be woken."""
+
+    def nodes(self) -> list[int]:
+        raise AssertionError("looked for clients")
+
+    def ask(self, kind: str, content: Content, cohort: Sequence[int], deadline: float) -> Iterator[Reply]:
+        raise AssertionError(f"woke {cohort} with {RecordDict()}")
+
+
+LINE = f"{__name__}:Line"
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"aggregator": "fishr"}, "aggregator = 'fishr': unknown aggregation method 'fishr' (did you mean 'fisher'?)"),
+        ({"aggregator": '{"kind": "fisher", "dampng": 1}'}, "unknown key 'dampng' (did you mean 'damping'?); allowed:"),
+        ({"aggregator": '{"kind": "fisher", "damping": -1}'}, "damping = -1: input should be greater than or equal"),
+        ({"aggregator": '{"kind": "fedavgm", "inner": {"kind": "fisher", "temper": 2}}'}, "temper = 2: input should"),
+        ({"aggregator": "{"}, "is not valid JSON"),
+        ({"task": "digit"}, "unknown task 'digit' (did you mean 'digits'?); allowed: digits, fashion-mnist, mnist"),
+        ({"task": '{"kind": "digits", "alpha": 0}'}, "alpha = 0: input should be greater than 0"),
+        ({"task": "nowhere:Task"}, "cannot import 'nowhere'"),
+        ({"rounds": 0}, "rounds = 0: input should be greater than or equal to 1"),
+        ({"minclients": 3}, "unknown key 'minclients' (did you mean 'min-clients'?)"),
+        ({"training.epoch": 3}, "training: unknown key 'epoch' (did you mean 'epochs'?)"),
+        ({"training.learning_rate": -1.0}, "training: learning_rate = -1.0: input should be greater than 0"),
+        ({"task": LINE, "aggregator": "fisher"}, "Line.num_classes is None"),
+        ({"aggregator": '{"kind": "norm_clip", "inner": "fedavg"}', "start": "own"}, "start = 'own' must be 'shared'"),
+        ({"resume": "nowhere"}, "resume = 'nowhere': no finished round there"),
+        ({"device": "warp"}, "device = 'warp': not a device of this machine"),
+    ],
+    ids=str,
+)
+def test_what_cannot_run_is_refused_in_one_line_before_any_client_is_woken(
+    config: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as refused:
+        federate(from_run_config(config), Asleep(), tmp_path / "run", Telemetry())
+    assert said in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_lists_the_methods_and_simulates_a_federation() -> None:
+    listed = CliRunner().invoke(command, ["methods"])
+    assert listed.exit_code == 0
+    assert "damping = 0.1" in listed.output
+    simulated = CliRunner().invoke(command, ["simulate", "--rounds", "1", "--clients", "2"])
+    assert simulated.exit_code == 0
+    refused = CliRunner().invoke(command, ["simulate", "--aggregator", "fishr"])
+    assert refused.exit_code == 2
+    assert "did you mean 'fisher'?" in " ".join(refused.output.replace("│", " ").split())
