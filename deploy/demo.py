@@ -15,6 +15,8 @@ import matplotlib as mpl
 from rich.console import Console
 from rich.table import Table
 
+from server.telemetry import console_for_output
+
 from .local import LocalFederation
 
 APP = Path(__file__).resolve().parent.parent
@@ -36,7 +38,7 @@ CONFIG = {
 def main() -> int:
     """0 when every method's run has finished and left its records; what it wrote is printed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    console, start = Console(), time.monotonic()
+    console, start = console_for_output(), time.monotonic()
     runs = APP / "runs"
     nodes = [{"partition-id": k, "num-partitions": CLIENTS, "name": f"site-{k}"} for k in range(CLIENTS)]
     with tempfile.TemporaryDirectory(prefix="fedbasin-") as logs:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from aggregators.core.registry import methods, parse
 from server import loopback
+from server.telemetry import console_for_output
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
@@ -23,7 +23,7 @@ def list_methods() -> None:
             for name, f in fields.items()
         ]
         rows.add_row(kind, "\n".join(shown), (cls.__doc__ or "").split("\n\n", 1)[0])
-    Console().print(rows)
+    console_for_output().print(rows)
 
 
 @app.command()

@@ -107,7 +107,8 @@ def one_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:LONGEST]
 
 
-def _console() -> Console:
+def console_for_output() -> Console:
+    """A console as wide as the terminal, or 120 columns where there is none."""
     console = Console()
     return console if console.is_terminal else Console(width=WIDTH)
 
@@ -116,7 +117,7 @@ def _console() -> Console:
 class Telemetry:
     """Progress on a console: a bar on a terminal, a line per event elsewhere, and a table at the end."""
 
-    console: Console = field(default_factory=_console)
+    console: Console = field(default_factory=console_for_output)
     _progress: Progress | None = None
     _bar: TaskID | None = None
 

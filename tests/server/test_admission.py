@@ -44,7 +44,8 @@ def asking(request: Request) -> Exchange[Any]:
 def changed(field: str, name: str, value: Tensor | None) -> ClientUpdate:
     """The sound update with one tensor of one field replaced, or left out."""
     tensors = {**getattr(SOUND, field), name: value}
-    return replace(SOUND, **{field: {key: tensor for key, tensor in tensors.items() if tensor is not None}})
+    changes: dict[str, Any] = {field: {key: tensor for key, tensor in tensors.items() if tensor is not None}}
+    return replace(SOUND, **changes)
 
 
 def spoilt(field: str, value: float) -> ClientUpdate:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Error, RecordDict
@@ -111,7 +110,7 @@ def test_at_most_one_message_is_alive_at_a_time() -> None:
 def test_an_empty_cohort_is_answered_at_once() -> None:
     grid = FakeGrid({1: [good(1)]})
     assert replies(grid, []) == []
-    assert grid.pushed == grid.sleeps == []
+    assert (grid.pushed, grid.sleeps) == ([], [])
 
 
 # --- waiting --------------------------------------------------------------------------------------------------------
@@ -285,9 +284,9 @@ def test_a_restarting_node_is_asked_a_bounded_number_of_times() -> None:
 
 
 def test_every_client_of_the_cohort_gets_exactly_one_reply() -> None:
-    plans: dict[int, list[Any]] = {
-        1: [good(1)], 2: [bad(2, 2)], 3: [bad(3, 5), good(3)], 4: [None], 5: [bad(1, 8)] * 5, 6: [bad(4, 3)], 9: [good(5)],
-    }  # fmt: skip
+    plans: dict[int, list[Outcome]]
+    plans = {1: [good(1)], 2: [bad(2, 2)], 3: [bad(3, 5), good(3)], 4: [None], 5: [bad(1, 8)] * 5, 6: [bad(4, 3)]}
+    plans[9] = [good(5)]
     got = replies(FakeGrid(plans, presence={6: [(0, 3)], 9: [(5, FOREVER)]}), [1, 2, 3, 4, 5, 6])
     assert Counter(reply.client_id for reply in got) == Counter([1, 2, 3, 4, 5, 6, 9])
 

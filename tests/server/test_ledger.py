@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
@@ -147,16 +148,17 @@ class Killed(BaseException):
 
 def killed_at_the(write: int, monkeypatch: pytest.MonkeyPatch, half: bool) -> None:
     """The n-th file is not put in its place; only half of it has been written when `half`."""
-    put, calls = server.ledger.os.replace, iter(range(1, 99))
+    put, calls = os.replace, iter(range(1, 99))
 
     def replacing(partial: Path, path: Path) -> None:
         if next(calls) < write:
-            return put(partial, path)
+            put(partial, path)
+            return
         if half:
             partial.write_bytes(partial.read_bytes()[: partial.stat().st_size // 2])
         raise Killed
 
-    monkeypatch.setattr(server.ledger.os, "replace", replacing)
+    monkeypatch.setattr(os, "replace", replacing)
 
 
 @pytest.mark.parametrize("half", [True, False])
@@ -195,7 +197,7 @@ def test_files_of_one_round_do_not_share_a_partial_file(tmp_path: Path, monkeypa
         partials.append(partial.name)
         partial.rename(path)
 
-    monkeypatch.setattr(server.ledger.os, "replace", noted)
+    monkeypatch.setattr(os, "replace", noted)
     ledger = saved(tmp_path, 1)
     ledger.note("round-0001", {})
     assert len(set(partials)) == 2

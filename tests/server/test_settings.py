@@ -1,4 +1,4 @@
-"""Settings: a bad configuration is refused before any client is woken, in one line: the key, the value, what is allowed."""
+"""Settings: what cannot run is refused before any client is woken, in one line: key, value and what is allowed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from aggregators.core.registry import methods
+from aggregators.core.registry import parse
 from client.tasks import SHIPPED
 from client.training import Training
 from server.app import federate
@@ -77,7 +77,7 @@ def test_training_is_read_as_a_mapping_too() -> None:
 
 
 def test_a_method_is_read_by_name_and_with_hyper_parameters() -> None:
-    assert from_run_config({"aggregator": "fisher"}).aggregator == methods()["fisher"]()
+    assert from_run_config({"aggregator": "fisher"}).aggregator == parse("fisher")
     nested = '{"kind": "fedavgm", "momentum": 0.5, "inner": {"kind": "fisher", "temper": 0.25}}'
     settings = from_run_config({"aggregator": nested})
     assert settings.aggregator.model_dump()["inner"]["temper"] == 0.25

@@ -52,7 +52,8 @@ def spoilt(field: str, value: float) -> Change:
     def change(update: ClientUpdate) -> ClientUpdate:
         tensors = dict(getattr(update, field))
         tensors["first.weight"] = torch.full_like(tensors["first.weight"], value)
-        return replace(update, **{field: tensors})
+        changes: dict[str, Any] = {field: tensors}
+        return replace(update, **changes)
 
     return change
 
@@ -125,7 +126,7 @@ def test_the_others_merge_as_if_the_bad_client_were_not_there(tmp_path: Path, ca
     assert fingerprint(with_bad.params) == fingerprint(without.params)
 
 
-def garbled(change: Callable[[RecordDict], Any]) -> Callable[[RecordDict], RecordDict]:
+def garbled(change: Callable[[Any], Any]) -> Callable[[RecordDict], RecordDict]:
     """Client 3, whose encoded reply is changed on the wire."""
 
     def answer(content: RecordDict) -> RecordDict:
@@ -136,7 +137,7 @@ def garbled(change: Callable[[RecordDict], Any]) -> Callable[[RecordDict], Recor
     return answer
 
 
-GARBLED: dict[str, tuple[Callable[[RecordDict], Any], str]] = {
+GARBLED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "another version": (lambda content: content["manifest"].update(version=2), "wire version 2, this server speaks 1"),
     "no manifest": (lambda content: content.pop("manifest"), "not a reply: KeyError: 'manifest'"),
     "half the bytes": (
