@@ -62,7 +62,7 @@ def _checked_task(settings: Settings) -> Task:
     except ValueError as error:
         raise ValueError(f"task = {settings.task!r}: {error}") from None
     try:
-        validated(Training, settings.training)
+        validated(Training, settings.local_training)
     except ValueError as error:
         raise ValueError(f"training: {error}") from None
     return task

@@ -39,9 +39,13 @@ class Ledger:
         outline = {"outline": json.dumps(_outline(state))}
         _write(self._model(model.round), _safetensors(dict(_tensors(state)), outline))
         _write(self._record(model.round), json.dumps(record, indent=1).encode())
-        shutil.rmtree(self._replies, ignore_errors=True)
+        self.forget_replies()
         for old in self._rounds("safetensors")[: -self.checkpoints]:
             self._model(old).unlink()
+
+    def forget_replies(self) -> None:
+        """Drops the kept replies: what they were for is finished."""
+        shutil.rmtree(self._replies, ignore_errors=True)
 
     def note(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes `name`.json."""

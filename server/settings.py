@@ -42,6 +42,11 @@ class Settings(BaseModel):
     resume: str = ""  # the folder of a run to continue
     training: dict[str, JsonValue] = Field(default_factory=dict)  # local training; validated by the client's model
 
+    @property
+    def local_training(self) -> dict[str, JsonValue]:
+        """`training`, with the run's number of rounds as the end of a cosine schedule."""
+        return {"rounds": self.rounds, **self.training}
+
     @field_validator("quorum")
     @classmethod
     def _reachable(cls, quorum: int, info: ValidationInfo) -> int:

@@ -50,6 +50,7 @@ class MergeStrategy:
         final = self._evaluated(model) if self.settings.evaluate else {}
         seconds = time.perf_counter() - start
         self.ledger.note("evaluation", {"round": model.round, "clients": final, "seconds": seconds})
+        self.ledger.forget_replies()
         self.telemetry.summary(self.ledger.records(), final)
         return model, final
 
@@ -166,7 +167,7 @@ class MergeStrategy:
     def _instructions(self, exchange: Exchange[Any], model: GlobalModel) -> Mapping[str, Any]:
         return {
             "task": self.settings.task,
-            "training": {**self.settings.training, **exchange.training},
+            "training": {**self.settings.local_training, **exchange.training},
             "seed": self.settings.seed,
             "round": model.round,
             "evaluate": (self.settings.evaluate and not self._record.exchanges[1:]) or exchange.task == "evaluate",

@@ -79,9 +79,7 @@ class PerExample:
     model: nn.Module
     params: Tensors
     buffers: Tensors
-    single: Mapping[
-        str, tuple[nn.Linear, Tensor]
-    ]  # layers whose weights stay shared, and zeros like an output of theirs
+    single: Mapping[str, tuple[nn.Linear, Tensor]]  # layers whose weights stay shared, with zeros like their output
     batched: bool = True
 
     @property

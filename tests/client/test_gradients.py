@@ -156,6 +156,20 @@ class Elsewhere(nn.Module):
         return scores
 
 
+class Scaled(nn.Linear):
+    """A linear layer in name, whose gradient is not δ xᵀ."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.weight.sum()
+
+
+def hooked() -> nn.Module:
+    """A linear layer whose outputs its user doubles."""
+    model = net(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    model.get_submodule("0").register_forward_hook(lambda layer, args, output: 2 * output)
+    return model
+
+
 class Branch(nn.Module):
     """Control flow that depends on the example, which vmap refuses."""
 
@@ -200,6 +214,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Examples]] = {
     "tied": (lambda: net(Tied()), rows(7)),
     "twice": (lambda: net(Twice()), rows(7)),
     "elsewhere": (lambda: net(Elsewhere()), rows(7)),
+    "linear by inheritance": (lambda: net(Scaled(4, 5), nn.Tanh(), nn.Linear(5, 3)), rows(7)),
+    "hooked": (hooked, rows(7)),
     "branch": (lambda: net(Branch()), rows(7)),
     "embedding": (lambda: net(Words(nn.Tanh())), tokens(7, 5)),
     "lstm": (lambda: net(Words(nn.LSTM(4, 4, batch_first=True))), tokens(7, 5)),
@@ -213,7 +229,7 @@ def test_sums_and_squares_are_those_of_single_examples(name: str, estimator: Est
     make, examples = NETWORKS[name]
     model = make()
     sums, squares = brute_force(model, examples, exact=estimator == "exact")
-    got = gradients(Labels(), model, examples, asked(estimator), seed=0)
+    got = gradients(Labels(), model.train(), examples, asked(estimator), seed=0)
     assert (got.num_grads, got.estimator) == (7, estimator)
     close(got.grad_sum, sums)
     close(got.sq_grad_sum, squares)
@@ -230,6 +246,8 @@ def test_sums_and_squares_are_those_of_single_examples(name: str, estimator: Est
         "tied": ["head.weight"],
         "twice": ["head.weight"],
         "elsewhere": [],
+        "linear by inheritance": ["2.weight"],
+        "hooked": ["0.weight", "2.weight"],
         "branch": [],
         "lstm": [],
     }.items(),
@@ -391,11 +409,16 @@ def test_squares_of_half_precision_models_do_not_underflow(dtype: torch.dtype) -
     assert next(model.parameters()).dtype == dtype
 
 
-def test_float32_squares_below_its_own_range_still_count() -> None:
-    model = net(nn.Linear(4, 3))
-    tiny = pairs(torch.full((64, 4), 1e-22), torch.zeros(64, dtype=torch.int64))
-    squares = gradients(Labels(), model, tiny, asked(), seed=0).sq_grad_sum["weight"]
-    assert (squares > 0).all()
+@pytest.mark.parametrize("layers", [(nn.Linear(4, 3),), (nn.Unflatten(1, (4, 1)), nn.Conv1d(4, 3, 1), nn.Flatten())])
+def test_squares_below_the_range_of_float32_add_up_to_what_is_within(layers: tuple[nn.Module, ...]) -> None:
+    num, x = 128, 2e-23  # each square is below 4e-46, and rounds to 0 in float32
+    tiny = pairs(torch.full((num, 4), x), torch.zeros(num, dtype=torch.int64))
+    got = gradients(Labels(), net(*layers), tiny, asked(), seed=0)
+    name = next(name for name in got.sq_grad_sum if name.endswith("weight"))
+    g = got.grad_sum[name].double() / num
+    assert (g.square() < 7e-46).all()
+    torch.testing.assert_close(got.sq_grad_sum[name].double(), num * g.square(), rtol=0.1, atol=2e-45)
+    assert got.sq_grad_sum[name].any()
 
 
 @given(

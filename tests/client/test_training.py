@@ -148,13 +148,22 @@ def test_each_of_two_parameters_with_one_gradient_tensor_gets_its_own_pull() -> 
             self.b = nn.Parameter(torch.zeros(2))
 
         def forward(self, x: Tensor) -> Tensor:
-            return x - self.a - self.b
+            return x - (self.a + self.b)
 
     model = Sum()
     training = Training(proximal=1.0, learning_rate=0.1, momentum=0.0, epochs=2, batch_size=1)
     train(Quadratic(), model, pairs(torch.ones(1, 2), torch.ones(1)), training, seed=0, round=1)
     torch.testing.assert_close(model.a.detach(), torch.full((2,), 0.1 + 0.1 * (0.8 - 0.1)))
     assert torch.equal(model.a, model.b)
+
+
+def test_a_parameter_that_the_loss_does_not_depend_on_stays() -> None:
+    model = Point()
+    model.register_parameter("unused", nn.Parameter(torch.ones(2)))
+    x = torch.ones(4, 2)
+    train(Quadratic(), model, pairs(x, x), Training(), seed=0, round=1)
+    assert torch.equal(model.get_parameter("unused"), torch.ones(2))
+    assert not torch.equal(model.theta, Point().theta)
 
 
 def test_frozen_parameters_stay_and_the_others_move() -> None:
