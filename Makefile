@@ -24,7 +24,7 @@ test-slow: $(VENV)/ready   ## federations of real processes, and Flower's simula
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict aggregators
+	$(BIN)/mypy --strict aggregators client server deploy benchmarks
 	$(BIN)/lint-imports
 	$(BIN)/pip check
 

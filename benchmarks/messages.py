@@ -51,5 +51,5 @@ def ours(shapes: Mapping[str, tuple[int, ...]], client: int, squares: bool) -> R
 
 def stock(shapes: Mapping[str, tuple[int, ...]], client: int) -> RecordDict:
     """The same model as a stock Flower client sends it: an array per tensor."""
-    arrays = ArrayRecord(model(shapes, client), keep_input=False)  # type: ignore[arg-type]
+    arrays = ArrayRecord(model(shapes, client), keep_input=False)
     return received(RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 10 + client})}))

@@ -40,8 +40,8 @@ def ours(federation: LocalFederation, nodes: int, tensors: int = 0) -> float:
     task = json.dumps({"kind": "tiny:Tiny", "tensors": tensors})
     config = {"task": task, "rounds": ROUNDS, "min-clients": nodes, "runs-dir": str(runs)}
     folder = runs / str(_finished(federation, "ours", config)["run-id"])
-    rounds = [json.loads(path.read_text())["seconds"] for path in folder.glob("round-*.json")]
-    return (sum(rounds) + json.loads((folder / "evaluation.json").read_text())["seconds"]) / ROUNDS
+    rounds = [float(json.loads(path.read_text())["seconds"]) for path in folder.glob("round-*.json")]
+    return (sum(rounds) + float(json.loads((folder / "evaluation.json").read_text())["seconds"])) / ROUNDS
 
 
 def stock(federation: LocalFederation, nodes: int) -> float:

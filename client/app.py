@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -74,7 +75,7 @@ def _train(task: Task, model: nn.Module, examples: Examples, asked: Instructions
     return train(task, model, examples, training, seed=seed, round=asked.round, frozen=asked.frozen)
 
 
-def _measured(task: Task, model: nn.Module, examples: Examples, asked: Instructions, who: str) -> dict[str, object]:
+def _measured(task: Task, model: nn.Module, examples: Examples, asked: Instructions, who: str) -> dict[str, Any]:
     if asked.exchange == "evaluate":
         return {}
     seed = derive_seed(asked.seed, asked.round, who, "statistics")

@@ -17,7 +17,7 @@ from aggregators.core.registry import as_mapping, external, unknown, validated
 from .tasks import SHIPPED
 
 Node: TypeAlias = Mapping[str, "str | int | float | bool"]  # a client's --node-config
-Examples: TypeAlias = "Dataset[tuple[Tensor, Tensor]]"  # (input, target) pairs
+Examples: TypeAlias = "Dataset[tuple[Tensor, ...]]"  # (input, target) pairs
 
 
 class Task(BaseModel, ABC):

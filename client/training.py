@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from client.task import Examples, Task
 
-Batch: TypeAlias = tuple[Tensor, Tensor]
+Batch: TypeAlias = tuple[Tensor, ...]  # inputs and targets
 Step: TypeAlias = Callable[[list[Tensor]], None]
 
 

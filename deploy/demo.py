@@ -96,6 +96,7 @@ def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
     """Accuracy over rounds: solid, the mean over the clients; dashed, the worst client."""
     mpl.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for name, result in results.items():
@@ -103,7 +104,7 @@ def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
         axes.plot(curve(result, "worst"), linestyle="--", marker=".", color=line.get_color())
     axes.set(xlabel="rounds finished", ylabel="accuracy on the clients' validation data", ylim=(0, 1))
     axes.set_title("Non-IID digits, 4 clients (solid: mean, dashed: worst client)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -46,7 +46,7 @@ class LocalFederation:
     """
 
     folder: Path
-    nodes: Sequence[Mapping[str, str | int | float | bool]]
+    nodes: Sequence[Mapping[str, Any]]
     environment: Mapping[str, str] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[bytes]] = field(init=False, default_factory=dict)
 

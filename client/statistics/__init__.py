@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -15,11 +17,11 @@ from .gradients import gradients, refusal
 LATER = ("gram", "grad_gram", "moments", "cross_moments")  # of layers' activations
 
 
-def measure(task: Task, model: nn.Module, examples: Examples, request: Request, *, seed: int) -> dict[str, object]:
+def measure(task: Task, model: nn.Module, examples: Examples, request: Request, *, seed: int) -> dict[str, Any]:
     """The fields of a ClientUpdate that `request` names, at the model's parameters; ValueError where unsupported."""
     if reason := unsupported(request, task):
         raise ValueError(reason)
-    fields: dict[str, object] = {}
+    fields: dict[str, Any] = {}
     asked = request.gradients
     if asked is not None and (asked.sums or asked.squares or asked.sketches):
         fields |= gradients(task, model, examples, asked, seed=seed)._asdict()

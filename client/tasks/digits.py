@@ -46,7 +46,7 @@ def _select(which: slice) -> Labelled:
 
 
 def _load() -> Arrays:
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     digits = load_digits()
     return {"images": digits.images.astype(np.uint8), "labels": digits.target.astype(np.int64)}

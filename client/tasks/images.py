@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import ClassVar, cast, final
+from typing import ClassVar, final
 
 import numpy as np
 import torch
@@ -77,4 +77,4 @@ class Images(Task, ABC):
     def _examples(self, images: Pixels, labels: Labels) -> Examples:
         scale = 1 if images.dtype.kind == "f" else self.white
         pixels = np.asarray(images, dtype=np.float32)[:, None] / scale
-        return cast(Examples, TensorDataset(torch.from_numpy(pixels), torch.from_numpy(labels)))
+        return TensorDataset(torch.from_numpy(pixels), torch.from_numpy(labels))

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Dataset  # type: ignore[import-untyped]
-from flwr_datasets.partitioner import (  # type: ignore[import-untyped]
+from datasets import Dataset
+from flwr_datasets.partitioner import (
     DirichletPartitioner,
     IidPartitioner,
     PathologicalPartitioner,

@@ -54,7 +54,7 @@ def test_digits_are_single_precision_images_of_one_channel_in_0_to_1_with_intege
 
 @pytest.mark.parametrize("scheme", ["iid", "dirichlet", "by_label"])
 def test_clients_and_test_set_together_hold_each_digit_once(scheme: str) -> None:
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     task = Digits.model_validate({"partition": scheme, "labels_per_client": 3})
     sets = [arrays(task.test_data())]

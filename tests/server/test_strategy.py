@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import pytest
 import torch
 import toys
-from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from pydantic import PrivateAttr
 from server_toys import (
     Change,
@@ -358,6 +359,23 @@ def test_an_own_start_sends_no_params_in_the_first_exchange_of_the_first_round_o
     assert received(transport) == [False, True, True, True]
 
 
+class TwoTrains(Aggregator):
+    """Trains twice a round."""
+
+    kind: Literal["two_trains"] = "two_trains"
+
+    def round(self, model: GlobalModel) -> Round:
+        for _ in range(2):
+            yield from Exchange(task="train", params=model.params, fold=collect)
+        return Merged(model.params)
+
+
+def test_an_own_start_sends_params_when_the_first_round_trains_again(tmp_path: Path) -> None:
+    transport = hall(COHORT[:1])
+    rounds(tmp_path, transport, TwoTrains(), rounds=2, start="own")
+    assert received(transport) == [False, True, True, True]
+
+
 def test_a_shared_start_sends_params_from_the_first_round_on(tmp_path: Path) -> None:
     transport = hall(COHORT[:1])
     rounds(tmp_path, transport, rounds=2)
@@ -371,7 +389,7 @@ def test_clients_are_told_all_they_need(tmp_path: Path) -> None:
     train, measure, evaluate = (wire.decode(content)[0] for content in transport.sent)
     assert [asked.exchange for asked in (train, measure, evaluate)] == ["train", "measure", "evaluate"]
     assert [asked.evaluate for asked in (train, measure, evaluate)] == [True, False, True]
-    assert (train.task, train.seed, train.round, train.training) == ("mnist", 9, 1, {"epochs": 3})
+    assert (train.task, train.seed, train.round, train.training) == ("mnist", 9, 1, {"rounds": 1, "epochs": 3})
 
 
 def test_a_round_begins_when_enough_clients_are_connected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,6 +534,18 @@ def test_a_crash_after_any_reply_changes_no_bit(tmp_path: Path, crash_after: int
     assert fingerprint(restored.memory) == fingerprint(straight.memory)
 
 
+def test_a_run_that_crashes_again_and_again_loses_nothing(tmp_path: Path) -> None:
+    straight = rounds(tmp_path / "a", hall(COHORT), TWO, rounds=1)
+    for crash_after in (3, 2, 1):
+        with pytest.raises(Crash):
+            rounds(tmp_path / "b", hall(COHORT, crash_after=crash_after), TWO, rounds=1)
+    last = hall(COHORT)
+    model = rounds(tmp_path / "b", last, TWO, rounds=1)
+    assert last.given == 2
+    assert left_out(records(tmp_path / "b")[0]) == {}
+    assert fingerprint(model.params) == fingerprint(straight.params)
+
+
 def test_without_kept_replies_a_crashed_round_is_asked_anew(tmp_path: Path) -> None:
     straight = rounds(tmp_path / "a", hall(COHORT), TWO, rounds=2)
     after = hall(COHORT)
@@ -616,6 +646,34 @@ def test_at_most_two_updates_are_alive_in_a_streamed_fold(tmp_path: Path, monkey
     assert len(weighing._alive) == 10
     assert max(weighing._alive) <= 2
     assert weighing.alive() == 0
+
+
+class Watching(Hall):
+    """A hall that knows which replies' bytes are alive."""
+
+    def __init__(self, clients: dict[int, Callable[[RecordDict], RecordDict]]) -> None:
+        super().__init__(clients)
+        self.replies: list[weakref.ref[Array]] = []
+
+    def _reply(self, client_id: int, content: RecordDict) -> Reply:
+        reply = super()._reply(client_id, content)
+        assert reply.content is not None
+        self.replies += [weakref.ref(record["flat"]) for record in reply.content.array_records.values()]
+        return reply
+
+
+def test_a_replys_bytes_are_freed_at_once_whether_it_is_good_or_malformed(tmp_path: Path) -> None:
+    """Flower's records sit in reference cycles, and would wait for the garbage collector, gigabytes of them."""
+    broken = garbled(lambda content: content["counts"].clear())
+    transport = Watching({**hall(COHORT).clients, 3: broken, 4: answering(COHORT[3], spoilt("params", NAN))})
+    gc.disable()
+    try:
+        rounds(tmp_path, transport, rounds=1)
+        alive = [ref() is not None for ref in transport.replies]
+    finally:
+        gc.enable()
+    assert sorted(left_out(records(tmp_path)[0])) == ["3", "4"]
+    assert alive == [False] * 4
 
 
 def ulps_apart(a: Tensor, b: Tensor) -> int:
