@@ -20,12 +20,13 @@ from aggregators.core.registry import parse
 from aggregators.core.update import ClientUpdate
 from server.wire import decode, forget
 
-from .fold import start
-from .messages import SHAPES, model, ours, stock
+from .fold import merge, start
+from .messages import ONE, model, ours, stock
 from .row import Row
 
 REPLIES = (8, 32, 128)
 LIMITS = {"fedavg": "<= 6", "fisher": "<= 12", "flower": ""}
+SMALL = {"weight": (256, 256)}
 GROWTH = 1.05  # what counts as flat: most replies beside fewest
 
 
@@ -53,11 +54,12 @@ def peak(method: str, replies: int) -> tuple[float, int]:
 
     One reply's bytes are held from the start, as Flower's buffers would; each reply is inflated from them anew.
     """
-    content = stock(SHAPES, 1) if method == "flower" else ours(SHAPES, 1, squares=method == "fisher")
+    content = stock(ONE, 1) if method == "flower" else ours(ONE, 1, squares=method == "fisher")
     objects = {key: value.deflate() for key, value in get_all_nested_objects(content).items()}
-    key, theta = content.object_id, start()
+    key, theta = content.object_id, start(ONE)
     del content
-    size = sum(tensor.nbytes for tensor in model(SHAPES, 0).values())
+    merge("fisher", start(SMALL), [ours(SMALL, 1, squares=True)])  # loads what code the fold needs
+    size = sum(tensor.nbytes for tensor in model(ONE, 0).values())
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, alive = _resident("VmRSS"), Alive()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import torch
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
@@ -13,7 +14,11 @@ from torch import Tensor
 from aggregators.core.update import ClientUpdate
 from client.wire import encode
 
-SHAPES = {  # 10 M parameters in the proportions of a small transformer: 6 blocks, an embedding, norms and biases
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+
+ONE: Shapes = {"weight": (3200, 3200)}  # 10 M parameters in one tensor
+
+MANY: Shapes = {  # 10 M parameters in the proportions of a small transformer: 6 blocks, an embedding, norms and biases
     "embedding": (8192, 384),
     **{f"block{k}.{name}": shape for k in range(4) for name, shape in {
         "attention": (1152, 384), "attention_bias": (1152,), "out": (384, 384), "out_bias": (384,),
@@ -22,7 +27,7 @@ SHAPES = {  # 10 M parameters in the proportions of a small transformer: 6 block
 }  # fmt: skip
 
 
-def model(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
+def model(shapes: Shapes, seed: int) -> dict[str, Tensor]:
     """Standard normal float32 tensors of these shapes."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -34,7 +39,7 @@ def received(content: RecordDict) -> RecordDict:
     return inflate_object_from_contents(content.object_id, objects)  # type: ignore[return-value]
 
 
-def ours(shapes: Mapping[str, tuple[int, ...]], client: int, squares: bool) -> RecordDict:
+def ours(shapes: Shapes, client: int, squares: bool) -> RecordDict:
     """A reply in our wire format, with Σ g² where asked."""
     params = model(shapes, client)
     squared = {name: value.square() for name, value in model(shapes, 1000 + client).items()} if squares else {}
@@ -49,7 +54,7 @@ def ours(shapes: Mapping[str, tuple[int, ...]], client: int, squares: bool) -> R
     return received(encode(update))
 
 
-def stock(shapes: Mapping[str, tuple[int, ...]], client: int) -> RecordDict:
+def stock(shapes: Shapes, client: int) -> RecordDict:
     """The same model as a stock Flower client sends it: an array per tensor."""
     arrays = ArrayRecord(model(shapes, client), keep_input=False)
     return received(RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 10 + client})}))

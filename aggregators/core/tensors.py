@@ -1,4 +1,4 @@
-"""Algebra on state dicts; sums in float64, in blocks."""
+"""Algebra on state dicts; sums in float64."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from . import kernels
 from .update import Tensors
 
 BLOCK = 1 << 18  # elements; smaller blocks lose to their overhead, larger ones fall out of the cache
@@ -15,20 +16,36 @@ BLOCK = 1 << 18  # elements; smaller blocks lose to their overhead, larger ones 
 def add_scaled_(total: Tensor, scale: float, value: Tensor, factor: Tensor | None = None) -> None:
     """Adds scale · factor · value to the float64 tensor `total`, without a float64 copy of a whole tensor.
 
-    All tensors have one shape and one device: nothing is broadcast or moved silently.
+    All tensors have one shape and one device: nothing is broadcast or moved silently. One pass over memory on the CPU,
+    two in blocks that fit its cache elsewhere and for short dtypes.
     """
-    for other in (value,) if factor is None else (value, factor):
+    others = [value] if factor is None else [value, factor]
+    for other in others:
         if other.shape != total.shape or other.device != total.device:
             raise ValueError(f"cannot add {_described(other)} to a sum of {_described(total)}")
-    totals, values = total.view(-1), value.detach().reshape(-1)
-    factors = None if factor is None else factor.detach().reshape(-1)
-    scratch = torch.empty(min(BLOCK, totals.numel()), dtype=torch.float64, device=total.device)
-    for start in range(0, totals.numel(), BLOCK):
-        part = slice(start, start + BLOCK)
-        block = scratch[: totals[part].numel()].copy_(values[part])
-        if factors is not None:
-            block.mul_(factors[part])
-        totals[part].add_(block, alpha=scale)
+    flat = [other.detach().reshape(-1) for other in others]
+    (_add_fused if all(map(_fusable, flat)) else _add_in_blocks)(total.view(-1), scale, *flat)
+
+
+def _fusable(tensor: Tensor) -> bool:
+    wide = tensor.dtype in (torch.float32, torch.float64)
+    return wide and tensor.device.type == "cpu" and tensor.numel() >= kernels.SMALLEST
+
+
+def _add_fused(total: Tensor, scale: float, value: Tensor, factor: Tensor | None = None) -> None:
+    if factor is None:
+        kernels.add_scaled(total.numpy(), scale, value.numpy())
+    else:
+        kernels.add_scaled_product(total.numpy(), scale, value.numpy(), factor.numpy())
+
+
+def _add_in_blocks(total: Tensor, scale: float, *values: Tensor) -> None:
+    blocks = (torch.split(tensor, BLOCK) for tensor in (total, *values))
+    for sums, value, *factors in zip(*blocks, strict=True):
+        block = value.double()
+        for factor in factors:
+            block = block * factor
+        sums.add_(block, alpha=scale)
 
 
 def _described(tensor: Tensor) -> str:

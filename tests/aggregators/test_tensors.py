@@ -96,11 +96,12 @@ class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-def test_a_sum_allocates_one_block() -> None:
-    total, value = torch.zeros(4 * BLOCK, dtype=torch.float64), torch.ones(4 * BLOCK)
+@pytest.mark.parametrize(("dtype", "blocks"), [(torch.float32, 0), (torch.bfloat16, 1)], ids=str)
+def test_a_sum_allocates_no_more_than_a_block(dtype: torch.dtype, blocks: int) -> None:
+    total, value = torch.zeros(4 * BLOCK, dtype=torch.float64), torch.ones(4 * BLOCK, dtype=dtype)
     with Largest() as largest:  # type: ignore[no-untyped-call]
         add_scaled_(total, 2, value, value)
-    assert largest.bytes == 8 * BLOCK
+    assert largest.bytes == 8 * BLOCK * blocks
     assert total.eq(2).all()
 
 
