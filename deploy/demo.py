@@ -112,4 +112,7 @@ def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: every process of the federation has ended") from None

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from .telemetry import one_line
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between sweeps over the pending replies
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 0.3  # seconds between sweeps over the pending replies
 ROLL_CALL = 3.0  # seconds between looks at who is connected
 ATTEMPTS = 3  # times one client's task is sent, at most
 LOST = {3: "its message was lost", 4: "its reply was lost", 5: "it is gone", 8: "its process died"}  # Flower's codes

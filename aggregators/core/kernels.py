@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating[Any]]
-SMALLEST = 1 << 15  # elements; below, starting the threads costs more than they save
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from . import kernels
 from .update import Tensors
 
 BLOCK = 1 << 18  # elements; smaller blocks lose to their overhead, larger ones fall out of the cache
+SMALLEST = 1 << 15  # elements; below, starting the kernel's threads costs more than they save
 
 
 def add_scaled_(total: Tensor, scale: float, value: Tensor, factor: Tensor | None = None) -> None:
@@ -29,10 +29,12 @@ def add_scaled_(total: Tensor, scale: float, value: Tensor, factor: Tensor | Non
 
 def _fusable(tensor: Tensor) -> bool:
     wide = tensor.dtype in (torch.float32, torch.float64)
-    return wide and tensor.device.type == "cpu" and tensor.numel() >= kernels.SMALLEST
+    return wide and tensor.device.type == "cpu" and tensor.numel() >= SMALLEST
 
 
 def _add_fused(total: Tensor, scale: float, value: Tensor, factor: Tensor | None = None) -> None:
+    from . import kernels  # numba, which a client does not need
+
     if factor is None:
         kernels.add_scaled(total.numpy(), scale, value.numpy())
     else:

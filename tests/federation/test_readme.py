@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from processes import left_behind
 
 from deploy.local import QUIET
 
@@ -99,19 +100,6 @@ class Reader:
             os.kill(process, signal.SIGTERM)
         for terminal in self.terminals:
             terminal.wait(30)
-
-
-def left_behind(mark: str) -> list[int]:
-    """The ids of the processes whose environment names `mark`."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (folder / "environ").read_bytes()
-        except OSError:
-            continue
-        if mark.encode() in environment and int(folder.name) != os.getpid():
-            found.append(int(folder.name))
-    return found
 
 
 def test_the_readme_has_the_blocks_that_its_sections_need() -> None:
