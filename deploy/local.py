@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import psutil
 
 QUIET = {  # only loopback is contacted
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -88,9 +89,7 @@ class LocalFederation:
 
     def kill_node(self, number: int) -> None:
         """Kills SuperNode `number` and its children at once, as a power cut would."""
-        process = self.processes.pop(f"supernode-{number}")
-        _signal(process, signal.SIGKILL)
-        process.wait()
+        _kill(_family(self.processes.pop(f"supernode-{number}")))
 
     def run(self, app: Path, config: Mapping[str, Any], timeout: float = 600, stream: bool = False) -> dict[str, Any]:
         """Runs the app in folder `app` to its end; what `flwr ls` then says of the run.
@@ -142,14 +141,15 @@ class LocalFederation:
         return done.stdout or ""
 
     def stop(self) -> None:
-        """Ends every process started here, the nodes first, each by its own id."""
+        """Ends every process started here and what they started, the nodes first, each by its own id."""
+        ended = [_family(process) for process in reversed(self.processes.values())]
         for process in reversed(self.processes.values()):
-            _signal(process, signal.SIGTERM)
+            process.terminate()
         for process in self.processes.values():
             with suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_SECONDS)
-            _signal(process, signal.SIGKILL)
-            process.wait()
+        for family in ended:
+            _kill(family)
 
     def _spawn(self, name: str, program: str, *arguments: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -185,9 +185,19 @@ class LocalFederation:
         raise RuntimeError(f"{name} does not listen on port {port}: see {self.folder / name}.log")
 
 
-def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The process and all that it has started, in whatever session: a SuperLink detaches its executor."""
+    with suppress(psutil.NoSuchProcess):
+        root = psutil.Process(process.pid)
+        return [root, *root.children(recursive=True)]
+    return []
+
+
+def _kill(family: Sequence[psutil.Process]) -> None:
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(family, timeout=STOP_SECONDS)
 
 
 def _overrides(config: Mapping[str, Any]) -> str:

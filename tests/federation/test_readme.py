@@ -43,9 +43,11 @@ def project(tmp_path: Path) -> Path:
     for name in filter(lambda name: (ROOT / name).is_file(), listed.stdout.splitlines()):
         (tmp_path / "project" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / "project" / name)
-    (tmp_path / "project" / ".venv").mkdir()
-    (tmp_path / "project" / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
-    (tmp_path / "project" / ".venv" / "ready").touch()
+    environment = tmp_path / "project" / ".venv"
+    environment.mkdir()
+    for name in ("bin", "lib", "pyvenv.cfg"):
+        (environment / name).symlink_to(Path(sys.prefix) / name)
+    (environment / "ready").touch()
     return tmp_path / "project"
 
 
