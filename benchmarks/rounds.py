@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from deploy.local import LocalFederation
 
@@ -28,9 +29,12 @@ def rows() -> Iterator[Row]:
         yield Row("a live round, 4 MB in 300 tensors", "in one tensor", many / one, "<= 1.15", detail)
 
 
-def _federation(nodes: int) -> LocalFederation:
-    folder = Path(tempfile.mkdtemp(prefix="fedbasin-bench-"))
-    return LocalFederation(folder, [{"partition-id": number} for number in range(nodes)])
+@contextmanager
+def _federation(nodes: int) -> Iterator[LocalFederation]:
+    configs = [{"partition-id": number} for number in range(nodes)]
+    with TemporaryDirectory(prefix="fedbasin-bench-", ignore_cleanup_errors=True) as folder:
+        with LocalFederation(Path(folder), configs) as federation:
+            yield federation
 
 
 def ours(federation: LocalFederation, nodes: int, tensors: int = 0) -> float:
