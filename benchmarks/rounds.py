@@ -32,9 +32,11 @@ def rows() -> Iterator[Row]:
 @contextmanager
 def _federation(nodes: int) -> Iterator[LocalFederation]:
     configs = [{"partition-id": number} for number in range(nodes)]
-    with TemporaryDirectory(prefix="fedbasin-bench-", ignore_cleanup_errors=True) as folder:
-        with LocalFederation(Path(folder), configs) as federation:
-            yield federation
+    with (
+        TemporaryDirectory(prefix="fedbasin-bench-", ignore_cleanup_errors=True) as folder,
+        LocalFederation(Path(folder), configs) as federation,
+    ):
+        yield federation
 
 
 def ours(federation: LocalFederation, nodes: int, tensors: int = 0) -> float:
