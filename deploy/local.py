@@ -89,7 +89,9 @@ class LocalFederation:
 
     def kill_node(self, number: int) -> None:
         """Kills SuperNode `number` and its children at once, as a power cut would."""
-        _kill(_family(self.processes.pop(f"supernode-{number}")))
+        process = self.processes.pop(f"supernode-{number}")
+        _kill(_family(process))
+        process.wait()
 
     def run(self, app: Path, config: Mapping[str, Any], timeout: float = 600, stream: bool = False) -> dict[str, Any]:
         """Runs the app in folder `app` to its end; what `flwr ls` then says of the run.
@@ -150,6 +152,8 @@ class LocalFederation:
                 process.wait(STOP_SECONDS)
         for family in ended:
             _kill(family)
+        for process in self.processes.values():
+            process.wait()
 
     def _spawn(self, name: str, program: str, *arguments: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
