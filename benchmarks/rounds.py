@@ -13,7 +13,7 @@ from deploy.local import LocalFederation
 from .row import Row
 
 APPS = Path(__file__).resolve().parent / "apps"
-ROUNDS = 3
+ROUNDS = 8  # enough that the one closing evaluation weighs as it does in a real run, where rounds are many
 
 
 def rows() -> Iterator[Row]:

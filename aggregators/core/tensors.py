@@ -42,12 +42,15 @@ def _add_fused(total: Tensor, scale: float, value: Tensor, factor: Tensor | None
 
 
 def _add_in_blocks(total: Tensor, scale: float, *values: Tensor) -> None:
-    blocks = (torch.split(tensor, BLOCK) for tensor in (total, *values))
-    for sums, value, *factors in zip(*blocks, strict=True):
-        block = value.double()
-        for factor in factors:
-            block = block * factor
-        sums.add_(block, alpha=scale)
+    if total.numel() <= BLOCK:
+        _add(total, scale, *values)
+    else:
+        for sums, *others in zip(*(tensor.split(BLOCK) for tensor in (total, *values)), strict=True):
+            _add(sums, scale, *others)
+
+
+def _add(total: Tensor, scale: float, value: Tensor, factor: Tensor | None = None) -> None:
+    total.add_(value if factor is None else value.double() * factor, alpha=scale)
 
 
 def _described(tensor: Tensor) -> str:
