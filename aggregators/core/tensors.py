@@ -45,7 +45,7 @@ def _add_in_blocks(total: Tensor, scale: float, *values: Tensor) -> None:
     if total.numel() <= BLOCK:
         _add(total, scale, *values)
     else:
-        for sums, *others in zip(*(tensor.split(BLOCK) for tensor in (total, *values)), strict=True):
+        for sums, *others in zip(*(torch.split(tensor, BLOCK) for tensor in (total, *values)), strict=True):
             _add(sums, scale, *others)
 
 
