@@ -98,6 +98,19 @@ class SumState:
         add_scaled_(sum.total, term.scale, term.value, term.factor)
         sum.scale += term.scale
 
+    def add_buffers(self, model: GlobalModel, update: ClientUpdate) -> None:
+        """Adds one client's buffers, weighted by its examples."""
+        for name in model.buffers:
+            value = update.params[name]
+            if value.is_floating_point():
+                self.add(Term(BUFFERS, name, update.num_examples, value))
+            else:
+                self.highest(name, value)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The means of float buffers and the maxima of integer ones; consumes their sums."""
+        return {name: sum.mean() for name, sum in self.sums.pop(BUFFERS, {}).items()} | self.counters
+
     def highest(self, name: str, value: Tensor) -> None:
         """Keeps the larger of two counters, in their dtype."""
         self.counters[name] = torch.maximum(self.counters.get(name, value), value)
@@ -118,6 +131,14 @@ class SumState:
         if name not in sums:
             sums[name] = Sum(torch.zeros(value.shape, dtype=torch.float64, device=value.device))
         return sums[name]
+
+
+def mean_buffers(model: GlobalModel, updates: Iterable[ClientUpdate]) -> dict[str, Tensor]:
+    """The buffers of a cohort held at once, as a SumAggregator merges them: means, and maxima of integers."""
+    state = SumState()
+    for update in updates:
+        state.add_buffers(model, update)
+    return state.buffers()
 
 
 class SumAggregator(Aggregator, ABC):
@@ -144,23 +165,17 @@ class SumAggregator(Aggregator, ABC):
 
     @final
     def _fold(self, model: GlobalModel) -> Fold[SumState, Merged]:
-        buffers = [name for name in model.params if name not in model.trainable]
 
         def accumulate(state: SumState, update: ClientUpdate) -> SumState:
             for term in self.terms(model, update):
                 state.add(term)
-            for name in buffers:
-                value = update.params[name]
-                if value.is_floating_point():
-                    state.add(Term(BUFFERS, name, update.num_examples, value))
-                else:
-                    state.highest(name, value)
+            state.add_buffers(model, update)
             return state
 
         def finalize(state: SumState) -> Merged:
-            means = {name: sum.mean() for name, sum in state.sums.pop(BUFFERS, {}).items()}
+            buffers = state.buffers()
             merged = self.finish(model, state.sums)
-            return merged._replace(params=like(model.params, {**merged.params, **means, **state.counters}))
+            return merged._replace(params=like(model.params, {**merged.params, **buffers}))
 
         return Fold(init=SumState, accumulate=accumulate, combine=SumState.combine, finalize=finalize)
 

@@ -144,6 +144,11 @@ class GlobalModel:
         return [name for name in self.params if name in self.trainable]
 
     @property
+    def buffers(self) -> list[str]:
+        """Every other name, in the order of `params`."""
+        return [name for name in self.params if name not in self.trainable]
+
+    @property
     def device(self) -> torch.device:
         """Where the merge runs: the device of θ_t (CPU for a model without tensors)."""
         return next((tensor.device for tensor in self.params.values()), torch.device("cpu"))
