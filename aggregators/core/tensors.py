@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +12,13 @@ from .update import Tensors
 
 BLOCK = 1 << 18  # elements; smaller blocks lose to their overhead, larger ones fall out of the cache
 SMALLEST = 1 << 15  # elements; below, starting the kernel's threads costs more than they save
+
+
+def zeros(shape: torch.Size, device: torch.device) -> Tensor:
+    """A float64 sum to begin with; on the CPU in memory of numpy's, whose huge pages are touched in half the time."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(shape))
+    return torch.zeros(shape, dtype=torch.float64, device=device)
 
 
 def add_scaled_(total: Tensor, scale: float, value: Tensor, factor: Tensor | None = None) -> None:
