@@ -62,14 +62,14 @@ def peak(method: str, replies: int) -> tuple[float, int]:
     size = sum(tensor.nbytes for tensor in model(ONE, 0).values())
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before, alive = _resident("VmRSS"), Alive()
+    before, alive = resident("VmRSS"), Alive()
     arrive = partial(inflate_object_from_contents, key, objects, keep_object_contents=True)
     arrivals: Iterator[Any] = (arrive() for _ in range(replies))
     if method == "flower":
         aggregate_arrayrecords(list(arrivals), "num-examples")
     else:
         parse(method).aggregate(theta, alive.watched(arrivals))
-    return (_resident("VmHWM") - before) / size, alive.most
+    return (resident("VmHWM") - before) / size, alive.most
 
 
 class Alive:
@@ -92,7 +92,8 @@ class Alive:
             del update
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes of this process in memory, `VmRSS`, or at most so far, `VmHWM`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 

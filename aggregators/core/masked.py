@@ -30,13 +30,13 @@ class Mask(NamedTuple):
 class Conditional(NamedTuple):
     """p(θ_M | θ_R) of each client and mask, but for θ: what every step shares.
 
-    With C = I + U_Mᵀ D_M^{-1} U_M: factor U_M (K, P, m, r), scaled D_M^{-1} U_M, inverse C^{-1} (K, P, r, r), and the
-    precision of each masked coordinate (K, P, m).
+    Factors U_M (K, P, m, r) and U_R (K, P, w − m, r) or None, the gain D_M^{-1} U_M C^{-1} with
+    C = I + U_Mᵀ D_M^{-1} U_M, (K, P, m, r), and the precision of each masked coordinate (K, P, m).
     """
 
     factor: Tensor
-    scaled: Tensor
-    inverse: Tensor
+    rest: Tensor | None
+    gain: Tensor
     precision: Tensor
 
 
@@ -48,13 +48,25 @@ def conditional(cohort: Block, mask: Mask, precision: Precision) -> Conditional:
     coordinates too (Recasens et al. 2023, the code of section 3.2).
     """
     diagonal, factor = cohort.diagonal[:, mask.masked], cohort.factor[:, mask.masked]
+    rest = None if mask.rest is None else cohort.factor[:, mask.rest]
     scaled = factor / diagonal[..., None]
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    inverse = torch.linalg.inv(identity + factor.mT @ scaled)
+    gain = scaled @ torch.linalg.inv(identity + factor.mT @ scaled)
     if precision == "paper":
-        return Conditional(factor, scaled, inverse, diagonal + factor.square().sum(-1))
-    variance = 1 / diagonal - ((scaled @ inverse) * scaled).sum(-1)
-    return Conditional(factor, scaled, inverse, 1 / variance)
+        return Conditional(factor, rest, gain, diagonal + factor.square().sum(-1))
+    variance = 1 / diagonal - (gain * scaled).sum(-1)
+    return Conditional(factor, rest, gain, 1 / variance)
+
+
+def residual(cohort: Block, steps: Tensor, mask: Mask, given: Conditional) -> Tensor:
+    """θ_M − μ_{M|R} = δ_M + D_M^{-1} U_M C^{-1} U_Rᵀ δ_R of each client and mask, (K, P, m), from θ − θ_k, (K, D)."""
+    masked = steps[:, mask.masked]
+    if mask.rest is None or given.rest is None:
+        whole = (cohort.factor.mT @ steps[..., None])[:, None]
+        projected = whole - given.factor.mT @ masked[..., None]
+    else:
+        projected = given.rest.mT @ steps[:, mask.rest][..., None]
+    return masked + (given.gain @ projected)[..., 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,35 +100,23 @@ class MaskedLoss:
         return zip(self.masks, self.conditionals, strict=True)
 
     def _value(self, theta: Tensor, mask: Mask, given: Conditional) -> Tensor:
-        steps = theta - self.cohort.mean
-        residual, p = self._residual(steps, mask, given), given.precision
-        client = 0.5 * (p.log() - log(2 * pi) - p * residual.square())
+        p, off = given.precision, residual(self.cohort, theta - self.cohort.mean, mask, given)
+        client = 0.5 * (p.log() - log(2 * pi) - p * off.square())
         from_centre = (theta - self.centre)[mask.masked]
         prior = 0.5 * (log(self.alpha) - log(2 * pi) - self.alpha * from_centre.square()) if self._shared else 0.0
         return -(client.sum(0) - self._shared * prior).mean()
 
     def _gradient(self, theta: Tensor, mask: Mask, given: Conditional) -> Tensor:
-        weighted = given.precision * self._residual(theta - self.cohort.mean, mask, given)  # w
-        pulled = ((weighted[..., None, :] @ given.scaled) @ given.inverse)[..., 0, :]  # q = C^{-1} U_Mᵀ D_M^{-1} w
+        weighted = given.precision * residual(self.cohort, theta - self.cohort.mean, mask, given)  # w
+        pulled = given.gain.mT @ weighted[..., None]  # q = C^{-1} U_Mᵀ D_M^{-1} w, (K, P, r, 1)
         masked = weighted.sum(0) - self._shared * self.alpha * (theta - self.centre)[mask.masked]
         gradient = torch.zeros_like(theta)
-        if mask.rest is None:
-            masked = masked - torch.einsum("kpmr,kpr->pm", given.factor, pulled)
-            gradient += torch.einsum("kdr,kr->d", self.cohort.factor, pulled.sum(1))
+        if mask.rest is None or given.rest is None:
+            masked = masked - (given.factor @ pulled)[..., 0].sum(0)
+            gradient += (self.cohort.factor @ pulled.sum(1))[..., 0].sum(0)
         else:
-            rest = torch.einsum("kpwr,kpr->pw", self.cohort.factor[:, mask.rest], pulled)
-            gradient.index_add_(0, mask.rest.flatten(), rest.flatten())
+            gradient.index_add_(0, mask.rest.flatten(), (given.rest @ pulled).sum(0).flatten())
         return gradient.index_add_(0, mask.masked.flatten(), masked.flatten()) / mask.masked.numel()
-
-    def _residual(self, steps: Tensor, mask: Mask, given: Conditional) -> Tensor:
-        """θ_M − μ_{M|R} = δ_M + D_M^{-1} U_M C^{-1} U_Rᵀ δ_R of each client and mask, (K, P, m)."""
-        masked = steps[:, mask.masked]
-        if mask.rest is None:
-            whole = torch.einsum("kdr,kd->kr", self.cohort.factor, steps)[:, None]
-            projected = whole - torch.einsum("kpmr,kpm->kpr", given.factor, masked)
-        else:
-            projected = torch.einsum("kpwr,kpw->kpr", self.cohort.factor[:, mask.rest], steps[:, mask.rest])
-        return masked + torch.einsum("kpmr,kprs,kps->kpm", given.scaled, given.inverse, projected)
 
     @property
     def _shared(self) -> int:
