@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint bench data clean
+.PHONY: demo test test-slow test-papers lint bench data clean
 
 $(VENV)/ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,10 +21,13 @@ test: $(VENV)/ready        ## quick tests, under 5 minutes
 test-slow: $(VENV)/ready   ## federations of real processes, and Flower's simulation
 	$(BIN)/python -m pytest -m slow
 
+test-papers: $(VENV)/ready ## the experiments' quick runs, with their gates; needs `make data`
+	$(BIN)/python -m pytest -m paper
+
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict aggregators client server deploy benchmarks
+	$(BIN)/mypy --strict aggregators client server deploy benchmarks experiments
 	$(BIN)/lint-imports
 	$(BIN)/pip check
 

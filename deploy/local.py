@@ -93,26 +93,26 @@ class LocalFederation:
         _kill(_family(process))
         process.wait()
 
-    def run(self, app: Path, config: Mapping[str, Any], timeout: float = 600, stream: bool = False) -> dict[str, Any]:
+    def run(self, app: Path, config: Mapping[str, Any], timeout: float = 600) -> dict[str, Any]:
         """Runs the app in folder `app` to its end; what `flwr ls` then says of the run.
 
         `flwr run` exits with 0 even when the run fails: ask the status in the answer. TimeoutError after `timeout` s.
         """
-        self.submit(app, config, stream)
-        return self.wait(timeout)
+        return self.wait(self.submit(app, config), timeout)
 
-    def submit(self, app: Path, config: Mapping[str, Any], stream: bool = False) -> None:
-        """Starts a run of the app in folder `app`; with `stream`, shows its log and returns at its end."""
-        self._flwr("run", str(app), NAME, "-c", _overrides(config), *(["--stream"] if stream else []))
+    def submit(self, app: Path, config: Mapping[str, Any]) -> str:
+        """Starts a run of the app in folder `app`; its id."""
+        said = self._flwr("run", str(app), NAME, "-c", _overrides(config), "--format", "json")
+        return str(json.loads(said)["run-id"])
 
-    def wait(self, timeout: float = 600) -> dict[str, Any]:
-        """What `flwr ls` says of the newest run once it has finished; TimeoutError after `timeout` seconds."""
+    def wait(self, run_id: str, timeout: float = 600) -> dict[str, Any]:
+        """What `flwr ls` says of the run once it has finished; TimeoutError after `timeout` seconds."""
         end = time.monotonic() + timeout
-        while not str((newest := self.runs()[0])["status"]).startswith("finished"):
+        while not str((run := self.runs()[run_id])["status"]).startswith("finished"):
             if time.monotonic() > end:
-                raise TimeoutError(f"the run is {newest['status']} after {timeout:g} s: see {self.folder}")
+                raise TimeoutError(f"the run is {run['status']} after {timeout:g} s: see {self.folder}")
             time.sleep(0.5)
-        return newest
+        return run
 
     def wait_for_log(self, process: str, text: str, timeout: float = 60) -> None:
         """Returns when the process has logged `text`; TimeoutError after `timeout` seconds."""
@@ -122,25 +122,22 @@ class LocalFederation:
                 raise TimeoutError(f"{process} did not log {text!r} in {timeout:g} s: see {self.folder}")
             time.sleep(0.1)
 
-    def runs(self) -> list[dict[str, Any]]:
-        """What `flwr ls` says of every run, the newest first."""
-        listed = self._flwr("ls", NAME, "--format", "json", capture=True)
-        runs: list[dict[str, Any]] = json.loads(listed)["runs"]
-        return runs
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """What `flwr ls` says of every run, by its id."""
+        runs: list[dict[str, Any]] = json.loads(self._flwr("ls", NAME, "--format", "json"))["runs"]
+        return {str(run["run-id"]): run for run in runs}
 
     def log(self, run: Mapping[str, Any]) -> str:
         """What the run's ServerApp has logged."""
-        return self._flwr("log", str(run["run-id"]), NAME, "--show", capture=True)
+        return self._flwr("log", str(run["run-id"]), NAME, "--show")
 
-    def _flwr(self, *arguments: str, capture: bool = False) -> str:
-        done = subprocess.run(
-            [BIN / "flwr", *arguments],
-            env=self._environment("run"),
-            stdout=subprocess.PIPE if capture else None,
-            text=True,
-            check=True,
-        )
-        return done.stdout or ""
+    def _flwr(self, *arguments: str) -> str:
+        """What the command prints."""
+        environment = self._environment("run")
+        done = subprocess.run([BIN / "flwr", *arguments], env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"flwr {arguments[0]}: {done.stdout}{done.stderr}")
+        return done.stdout
 
     def stop(self) -> None:
         """Ends every process started here and what they started, the nodes first, each by its own id."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aggregators.core.exchange import Exchange
 from aggregators.core.flat import tensor_fields
+from aggregators.core.layers import find
 from aggregators.core.update import ClientUpdate, GlobalModel, Gradients, Request, Tensors
 
 from .telemetry import one_line
@@ -37,10 +38,13 @@ def _faults(update: ClientUpdate, exchange: Exchange[Any], model: GlobalModel, m
     asked = Request() if exchange.task == "evaluate" else exchange.request
     yield from _mismatches("params", update.params, model.params if exchange.task == "train" else {})
     yield from _gradients(update, asked.gradients or Gradients(), model)
+    yield from _counts(update, asked)
     yield from _layerwise(update, asked)
+    yield from _layers(update, asked, model)
     yield from _labels(update, asked)
     yield from _not_finite(tensor_fields(update))
     yield from _impossible_squares(update)
+    yield from _impossible_grams(update)
 
 
 def _mismatches(field: str, got: Tensors, expected: Mapping[str, Tensor], rows: int | None = None) -> Iterator[str]:
@@ -62,20 +66,19 @@ def _gradients(update: ClientUpdate, asked: Gradients, model: GlobalModel) -> It
     yield from _mismatches("sq_grad_sum", update.sq_grad_sum, trainable if asked.squares else {})
     sketched = trainable if asked.sketches else {}
     yield from _mismatches("grad_sketch", update.grad_sketch, sketched, rows=asked.sketches)
-    if asked.sums or asked.squares or asked.sketches:
-        yield from _counts(update, asked)
 
 
-def _counts(update: ClientUpdate, asked: Gradients) -> Iterator[str]:
-    if update.estimator != asked.estimator:
-        yield f"estimator is {update.estimator}, asked for {asked.estimator}"
-    most = min(update.num_examples, asked.limit or update.num_examples)
-    if not 1 <= update.num_grads <= most:
+def _counts(update: ClientUpdate, asked: Request) -> Iterator[str]:
+    gradients = asked.gradients or Gradients()
+    labelled = gradients.sums or gradients.squares or gradients.sketches or asked.grad_gram
+    if labelled and update.estimator != gradients.estimator:
+        yield f"estimator is {update.estimator}, asked for {gradients.estimator}"
+    most = min(update.num_examples, gradients.limit or update.num_examples)
+    if (labelled or asked.gram) and not 1 <= update.num_grads <= most:
         yield f"num_grads is {update.num_grads}: allowed is 1 to {most}"
 
 
 def _layerwise(update: ClientUpdate, asked: Request) -> Iterator[str]:
-    """Which layers there are is the method's to check: a state dict does not tell."""
     for field in LAYERWISE:
         if bool(getattr(update, field)) != getattr(asked, field):
             yield f"{field} is missing" if getattr(asked, field) else f"{field} was not asked for"
@@ -84,10 +87,29 @@ def _layerwise(update: ClientUpdate, asked: Request) -> Iterator[str]:
             yield f"moments {layer} counts {moments.num}: allowed is 1 or more"
         if moments.mean.shape != moments.m2.shape:
             yield f"moments {layer} has means of shape {tuple(moments.mean.shape)}, m2 of {tuple(moments.m2.shape)}"
+
+
+def _layers(update: ClientUpdate, asked: Request, model: GlobalModel) -> Iterator[str]:
+    """Whose Gram matrices are not of the model's layers, in their sizes.
+
+    Which of the parameters belong to such layers a state dict does not tell: a client may leave any layer out, and
+    then has no information on it.
+    """
+    for field, layer, gram in _grams(update):
+        if (found := find(model, layer)) is None:
+            yield f"{field} has {layer}, which is no layer of the model that trains"
+        elif gram.shape != (expected := (found.sizes()[field],) * 2):
+            yield f"{field} {layer} has shape {tuple(gram.shape)}, asked for {expected}"
+        if gram.dtype != torch.float32:
+            yield f"{field} {layer} has dtype {gram.dtype}, asked for torch.float32"
+    if asked.gram and asked.grad_gram and (odd := update.gram.keys() ^ update.grad_gram.keys()):
+        yield f"only one of gram and grad_gram has {_some(odd)}: asked for both of every layer"
+
+
+def _grams(update: ClientUpdate) -> Iterator[tuple[str, str, Tensor]]:
     for field, grams in (("gram", update.gram), ("grad_gram", update.grad_gram)):
         for layer, gram in grams.items():
-            if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
-                yield f"{field} {layer} has shape {tuple(gram.shape)}, asked for a square matrix"
+            yield field, layer, gram
 
 
 def _labels(update: ClientUpdate, asked: Request) -> Iterator[str]:
@@ -118,9 +140,31 @@ def _squares(update: ClientUpdate) -> Iterator[tuple[str, Tensor]]:
         yield f"sq_grad_sum {name}", sums
     for layer, moments in update.moments.items():
         yield f"moments {layer}", moments.m2
-    for field, grams in (("gram", update.gram), ("grad_gram", update.grad_gram)):
-        for layer, gram in grams.items():
-            yield f"the diagonal of {field} {layer}", gram.diagonal()
+    for field, layer, gram in _grams(update):
+        yield f"the diagonal of {field} {layer}", gram.diagonal()
+
+
+def _impossible_grams(update: ClientUpdate) -> Iterator[str]:
+    """Sums of outer products that cannot be: their diagonals are sound by now."""
+    for layer, gram in update.gram.items():
+        if gram[-1, -1] < 1:
+            yield f"gram {layer} counts {float(gram[-1, -1]):g} inputs: allowed is 1 or more"
+    for field, layer, gram in _grams(update):
+        if fault := _fault(gram.double()):
+            yield f"{field} {layer} {fault}"
+
+
+def _fault(gram: Tensor) -> str:
+    """Why a matrix is no sum of outer products, by more than rounding and underflow of float32 explain; or nothing."""
+    scale = (gram.diagonal() + torch.finfo(torch.float32).tiny).rsqrt()
+    correlation = scale[:, None] * gram * scale
+    if ((correlation - correlation.T).abs() > ROUNDING).any():
+        return "is not symmetric: a sum of outer products is"
+    if (correlation.abs() > 1 + ROUNDING).any():
+        return "has an entry beyond those of its diagonal: Cauchy–Schwarz forbids it"
+    correlation.diagonal().fill_(1 + ROUNDING + len(gram) * torch.finfo(torch.float32).eps)
+    indefinite = torch.linalg.cholesky_ex(correlation).info > 0
+    return "has a negative eigenvalue: a sum of outer products has none" if indefinite else ""
 
 
 def _too_small(squares: Tensor, sums: Tensor, num: int) -> bool:

@@ -105,5 +105,6 @@ def _lacks(aggregator: Aggregator, task: Task, settings: Settings, model: Global
     if "probe" in needs and model.probe is None:
         yield f"it needs held-out data on the server: task {settings.task!r} defines no test_data"
     first: Exchange[Any] = next(aggregator.round(model))
-    if reason := unsupported(first.request, task):
-        yield f"{reason} (task = {settings.task!r})"
+    for request in (first.request, *(question.request for question in aggregator.questions())):
+        if reason := unsupported(request, task):
+            yield f"{reason} (task = {settings.task!r})"

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import typer
-from rich.table import Table
 
 from aggregators.core.registry import methods, parse
-from server import loopback
+from server import catalogue, loopback
 from server.telemetry import console_for_output
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
 
 @app.command(name="methods")
-def list_methods() -> None:
-    """Every aggregation method: its name, its hyper-parameters with defaults, and what it is."""
-    rows = Table("method", "hyper-parameters", "what it is", show_lines=True)
-    for kind, cls in methods().items():
-        fields = {name: field for name, field in cls.model_fields.items() if name != "kind"}
-        shown = [
-            name if f.is_required() else f"{name} = {f.get_default(call_default_factory=True)!r}"
-            for name, f in fields.items()
-        ]
-        rows.add_row(kind, "\n".join(shown), (cls.__doc__ or "").split("\n\n", 1)[0])
-    console_for_output().print(rows)
+def show_methods(
+    method: str = typer.Argument("", help="all about this one: a name, or JSON with its settings"),
+) -> None:
+    """Every aggregation method: what it is, what its clients send, in how many bytes, and its paper."""
+    console = console_for_output()
+    if not method:
+        console.print(catalogue.table())
+        return
+    try:
+        console.print(catalogue.page(catalogue.example(method) if method in methods() else parse(method)))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @app.command()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aggregators.core.base import Aggregator
-from aggregators.core.exchange import Exchange, Round, collect
+from aggregators.core.exchange import Exchange, Question, Round, collect
 from aggregators.core.registry import AnyAggregator
 from aggregators.core.update import ClientUpdate, GlobalModel, Gradients, Merged, Moments, Probe, Request, Tensors
 
@@ -117,17 +117,21 @@ class Client:
         """The statistics that `request` names at `params`, and the loss there."""
         generator = torch.Generator().manual_seed(self.client_id % 2**31)
         learnt = {name: value for name, value in params.items() if name in self.trainable}
+        asked = request.gradients or Gradients()
+        num = min(self.num_examples, asked.limit or self.num_examples)
+        labelled = request.gradients is not None or request.grad_gram
         return ClientUpdate(
             client_id=self.client_id,
             name=self.name,
             num_examples=self.num_examples,
+            num_grads=num if labelled or request.gram else 0,
+            estimator=asked.estimator if labelled else None,
             metrics={"loss": sum(float(_gap(self.params, learnt, name).square().sum()) / 2 for name in learnt)},
-            **(self._gradients(request.gradients, learnt, generator) if request.gradients else {}),
-            **self._activations(request, learnt, sent, generator),
+            **(self._gradients(asked, num, learnt, generator) if request.gradients else {}),
+            **self._activations(request, num, learnt, sent, generator),
         )
 
-    def _gradients(self, asked: Gradients, params: Tensors, generator: torch.Generator) -> dict[str, Any]:
-        num = min(self.num_examples, asked.limit or self.num_examples)
+    def _gradients(self, asked: Gradients, num: int, params: Tensors, generator: torch.Generator) -> dict[str, Any]:
         signs = torch.randint(0, 2, (num, asked.sketches), generator=generator, dtype=torch.float64) * 2 - 1
         per_example = {name: self._per_example(params, name, num, generator) for name in params}
         kept = {name: torch.promote_types(value.dtype, torch.float32) for name, value in params.items()}
@@ -135,8 +139,6 @@ class Client:
         squares = {name: g.square().sum(0).to(kept[name]) for name, g in per_example.items()}
         sketch = {name: torch.tensordot(signs.T, g, 1).to(kept[name]) for name, g in per_example.items()}
         return {
-            "num_grads": num,
-            "estimator": asked.estimator,
             "grad_sum": sums if asked.sums else {},
             "sq_grad_sum": squares if asked.squares else {},
             "grad_sketch": sketch if asked.sketches else {},
@@ -149,12 +151,12 @@ class Client:
         return gradients
 
     def _activations(
-        self, asked: Request, params: Tensors, sent: Tensors, generator: torch.Generator
+        self, asked: Request, num: int, params: Tensors, sent: Tensors, generator: torch.Generator
     ) -> dict[str, Any]:
         wanted = [field for field in LAYERWISE if getattr(asked, field)]
         found: dict[str, dict[str, Tensor | Moments]] = {field: {} for field in wanted}
         for name in (name for name, value in params.items() if wanted and value.ndim == 2 and value.numel()):
-            layer = _layer(params[name].float(), sent[name].float(), self.num_examples, generator)
+            layer = _layer(params[name].float(), sent[name].float(), num, generator)
             for field in wanted:
                 found[field][name.removesuffix(".weight")] = layer[field]
         labels = torch.randint(0, 3, (self.num_examples,), generator=generator)
@@ -162,8 +164,10 @@ class Client:
 
 
 def _layer(weight: Tensor, sent: Tensor, num: int, generator: torch.Generator) -> dict[str, Tensor | Moments]:
+    """The statistics of a layer; the first input and the first output are without information."""
     x = torch.randn(num, weight.shape[1], generator=generator)
     delta = torch.randn(num, weight.shape[0], generator=generator)
+    x[:, 0] = delta[:, 0] = 0
     inputs, a, b = torch.cat([x, torch.ones(num, 1)], 1), x @ weight.T, x @ sent.T
     return {
         "gram": inputs.T @ inputs,
@@ -239,6 +243,11 @@ class TwoExchanges(Aggregator):
     kind: Literal["toys:TwoExchanges"] = "toys:TwoExchanges"
     inner: AnyAggregator
     learning_rate: float = 0.5
+
+    def questions(self) -> Iterator[Question]:
+        """The inner's; then the gradients."""
+        yield from self.inner.questions()
+        yield Question("measure", Request(gradients=Gradients(sums=True)))
 
     def round(self, model: GlobalModel) -> Round:
         """Trains, measures the gradients where the inner's merge lands, and answers with both."""

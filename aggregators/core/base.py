@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from .exchange import Exchange, Fold, LostRound, Round, collect, run
+from .exchange import Exchange, Fold, LostRound, Question, Round, collect, run
 from .tensors import add_scaled_, like, zeros
 from .update import ClientUpdate, GlobalModel, Merged, Request
 
@@ -21,7 +21,7 @@ class Aggregator(BaseModel, ABC):
 
     `kind`, a Literal in every final class, is its name in configuration. `needs` names what the server must provide:
     "probe" (held-out data), "shared_start" (clients that start from the server's model). `examples` are further
-    settings under which the contract suite tries the method.
+    settings under which the contract suite tries the method, `inners` what it tries a wrapper with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,10 +29,17 @@ class Aggregator(BaseModel, ABC):
     kind: str
     needs: ClassVar[frozenset[str]] = frozenset()
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    inners: ClassVar[Sequence[str]] = ("fedavg", "fisher")
 
     @abstractmethod
     def round(self, model: GlobalModel) -> Round:
         """The round that starts from `model`: yields exchanges, is sent their folded answers, returns Merged."""
+
+    def questions(self) -> Iterator[Question]:
+        """What its round asks, exchange by exchange: what the methods within it ask, where a class declares nothing."""
+        for name in type(self).model_fields:
+            if isinstance(part := getattr(self, name), Aggregator):
+                yield from part.questions()
 
     @final
     def parts(self) -> Iterator[Aggregator]:
@@ -158,6 +165,11 @@ class SumAggregator(Aggregator, ABC):
         """The trainable parameters, of any float dtype; may consume the sums."""
 
     @final
+    def questions(self) -> Iterator[Question]:
+        """One: to train."""
+        yield Question("train", self.request)
+
+    @final
     def round(self, model: GlobalModel) -> Round:
         """One train exchange, folded into sums."""
         merged = yield from Exchange(task="train", params=model.params, request=self.request, fold=self._fold(model))
@@ -196,6 +208,11 @@ class CohortAggregator(Aggregator, ABC):
     @abstractmethod
     def merge(self, model: GlobalModel, updates: Sequence[ClientUpdate]) -> Merged:
         """Every name of the model, buffers too, from the updates sorted by client_id."""
+
+    @final
+    def questions(self) -> Iterator[Question]:
+        """One: to train."""
+        yield Question("train", self.request)
 
     @final
     def round(self, model: GlobalModel) -> Round:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 from pydantic import JsonValue
 
@@ -14,6 +14,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 R = TypeVar("R")
 Q = TypeVar("Q")
+Work: TypeAlias = Literal["train", "measure", "evaluate"]
 
 
 class LostRound(Exception):
@@ -51,6 +52,13 @@ def both(a: Fold[S, R], b: Fold[T, Q]) -> Fold[tuple[S, T], tuple[R, Q]]:
     )
 
 
+class Question(NamedTuple):
+    """What an exchange asks of each client: the task, and what to compute besides params."""
+
+    task: Work
+    request: Request = Request()
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Exchange(Generic[R]):
     """One question to the cohort, and the fold of its answers.
@@ -59,7 +67,7 @@ class Exchange(Generic[R]):
     `min_updates` is what the method needs, beside the run's quorum. `training` overrides local training.
     """
 
-    task: Literal["train", "measure", "evaluate"]
+    task: Work
     params: Tensors | Callable[[int], Tensors] | None
     fold: Fold[Any, R]
     request: Request = field(default_factory=Request)

@@ -74,8 +74,8 @@ class Request(BaseModel):
 class ClientUpdate:
     """What one client returns from one exchange; fields that were not asked for are empty.
 
-    Sums are over `num_grads` single examples at θ_k in eval mode. `params` holds each tensor once (an alias of a
-    tied weight is left out, the module restores it) and is empty where the exchange did not train.
+    Sums, and Gram matrices, are over `num_grads` single examples at θ_k in eval mode. `params` holds each tensor once
+    (an alias of a tied weight is left out, the module restores it) and is empty where the exchange did not train.
     """
 
     client_id: int

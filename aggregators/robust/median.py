@@ -13,8 +13,9 @@ from ..core.update import ClientUpdate, GlobalModel, Merged, Request
 
 
 class Median(CohortAggregator):
-    """The median over clients of every coordinate, buffers included; of an even cohort the middle two's mean.
+    """The median over clients of every coordinate, buffers included, θ*_j = median_k θ_kj.
 
+    Of an even cohort it is the middle two's mean.
     Integer buffers take the lower median, so that they keep their dtype and no single client can set them.
     Source: Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
     definition 1 and algorithm 1. Time O(D K log K), memory K models.

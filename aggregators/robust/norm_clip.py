@@ -23,8 +23,8 @@ class NormClip(Aggregator):
     """
 
     kind: Literal["norm_clip"] = "norm_clip"
-    inner: AnyAggregator
-    max_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    inner: AnyAggregator = Field(description="the method that merges the clipped clients")
+    max_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="the longest step, an L2 norm")
 
     needs: ClassVar[frozenset[str]] = frozenset({"shared_start"})
 

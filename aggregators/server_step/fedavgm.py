@@ -22,9 +22,9 @@ class FedAvgM(Aggregator):
     """
 
     kind: Literal["fedavgm"] = "fedavgm"
-    inner: AnyAggregator
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    learning_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    inner: AnyAggregator = Field(description="the method that makes θ*")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="β")
+    learning_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="η")
 
     def round(self, model: GlobalModel) -> Round:
         """The inner's round, then the step."""

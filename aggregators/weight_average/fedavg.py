@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+from pydantic import Field
+
 from ..core.base import SumAggregator, Sums, Term
 from ..core.update import ClientUpdate, GlobalModel, Merged, Request
 
@@ -18,7 +20,7 @@ class FedAvg(SumAggregator):
     """
 
     kind: Literal["fedavg"] = "fedavg"
-    weights: Literal["num_examples", "uniform"] = "num_examples"
+    weights: Literal["num_examples", "uniform"] = Field(default="num_examples", description="what w_k is")
 
     examples = ({"weights": "uniform"},)
 

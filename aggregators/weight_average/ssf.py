@@ -51,26 +51,32 @@ class SSF(CohortAggregator):
     """
 
     kind: Literal["ssf"] = "ssf"
-    solver: Literal["closed_form", "cg", "sgd"] = "closed_form"
-    precision: Literal["sketch", "rank_one", "paper"] = "rank_one"
-    sketches: int = Field(default=8, ge=0)
-    temper: float = Field(default=1.0, gt=0, le=1)
-    damping: float = Field(default=0.1, ge=0, allow_inf_nan=False)
-    alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    prior: Literal["mean", "bayes", "target", "zero"] = "mean"
-    target: int | str | None = None
-    estimator: Estimator = "sampled"
-    max_grads: int | None = Field(default=None, ge=1)
-    conditional: Precision = "marginal"
-    mask_size: MaskSize = 0.25
-    masks: int = Field(default=20, ge=1)
-    resample: bool = False
-    window: int | None = Field(default=None, ge=2)
-    steps: int = Field(default=5000, ge=1)
-    learning_rate: float = Field(default=0.01, gt=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    start: Literal["mean", "global"] = "mean"
-    seed: int = 0
+    solver: Literal["closed_form", "cg", "sgd"] = Field(
+        default="closed_form", description="the exact product, or a minimum of the masked loss"
+    )
+    precision: Literal["sketch", "rank_one", "paper"] = Field(default="rank_one", description="what Λ_k is built from")
+    sketches: int = Field(default=8, ge=0, description="r, for the precision `sketch`; 0 is Fisher merging")
+    temper: float = Field(default=1.0, gt=0, le=1, description="γ, the power of each variance")
+    damping: float = Field(default=0.1, ge=0, allow_inf_nan=False, description="λ over the mean summed precision")
+    alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="λ itself, in place of damping")
+    prior: Literal["mean", "bayes", "target", "zero"] = Field(default="mean", description="what λ pulls towards")
+    target: int | str | None = Field(default=None, description="the prior's client, a node id or name")
+    estimator: Estimator = Field(default="sampled", description="which labels the gradients are of")
+    max_grads: int | None = Field(default=None, ge=1, description="examples behind the statistics; none: all")
+    conditional: Precision = Field(
+        default="marginal", description="a masked coordinate's precision: exact, or [Λ_MM]_jj"
+    )
+    mask_size: MaskSize = Field(default=0.25, description="masked coordinates: a number, a share, or drawn uniformly")
+    masks: int = Field(default=20, ge=1, description="masks a step")
+    resample: bool = Field(default=False, description="whether each step of sgd draws its masks anew")
+    window: int | None = Field(default=None, ge=2, description="coordinates that a mask sees; none: the whole model")
+    steps: int = Field(default=5000, ge=1, description="of sgd")
+    learning_rate: float = Field(default=0.01, gt=0, description="of sgd")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd")
+    start: Literal["mean", "global"] = Field(
+        default="mean", description="where sgd and cg begin: weighted mean, or θ_t"
+    )
+    seed: int = Field(default=0, description="of the masks")
 
     paper: ClassVar[Mapping[str, Any]] = {
         "kind": "ssf",

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from aggregators.core.update import Request
+from aggregators.core.update import Gradients, Request
 
 from ..task import Examples, Task
 from ..training import Batch, seeded
-from .gradients import gradients, refusal
+from .activations import grams
+from .estimators import refusal
+from .gradients import gradients
 
-LATER = ("gram", "grad_gram", "moments", "cross_moments")  # of layers' activations
+LATER = ("moments", "cross_moments")  # of layers' activations
 
 
 def measure(task: Task, model: nn.Module, examples: Examples, request: Request, *, seed: int) -> dict[str, Any]:
@@ -22,6 +24,8 @@ def measure(task: Task, model: nn.Module, examples: Examples, request: Request, 
     if reason := unsupported(request, task):
         raise ValueError(reason)
     fields: dict[str, Any] = {}
+    if request.gram or request.grad_gram:
+        fields |= grams(task, model, examples, request, seed=seed)._asdict()
     asked = request.gradients
     if asked is not None and (asked.sums or asked.squares or asked.sketches):
         fields |= gradients(task, model, examples, asked, seed=seed)._asdict()
@@ -39,7 +43,8 @@ def unsupported(request: Request, task: Task) -> str | None:
             return f"clients cannot compute {field} yet: choose a method that does not ask for it"
     if request.class_counts and task.num_classes is None:
         return f"class_counts needs labels and {name}.num_classes is None: set it, or choose another method"
-    return refusal(task, request.gradients.estimator) if request.gradients else None
+    asked = request.gradients or (Gradients() if request.grad_gram else None)
+    return refusal(task, asked.estimator) if asked else None
 
 
 def _class_counts(task: Task, examples: Examples) -> Tensor:

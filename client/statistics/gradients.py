@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 from aggregators.core.update import Estimator, Gradients, Tensors
 
 from ..task import Examples, Task
 from ..training import Batch, evaluating, seeded
+from .estimators import CHUNK, chosen, chunks, refusal, scored
 from .per_example import Outer, Rows, per_example, plain_attention
-
-CHUNK = 128  # examples at once, at most: more is no faster
 
 
 class GradientSums(NamedTuple):
@@ -46,25 +44,17 @@ def gradients(
     if reason := refusal(task, request.estimator):
         raise ValueError(reason)
     with evaluating(model), seeded(seed), torch.enable_grad(), plain_attention():
-        chosen = _chosen(examples, request.limit)
-        totals = _totals(task, model, chosen, request, budget)
+        sample = chosen(examples, request.limit)
+        totals = _totals(task, model, sample, request, budget)
     linear = {name: _shaped(total.linear, total.shape) for name, total in totals.items()}
     squares = {name: _shaped(total.squares, total.shape) for name, total in totals.items()}
     return GradientSums(
         grad_sum={name: rows[0] for name, rows in linear.items() if request.sums},
         sq_grad_sum={name: rows[0] for name, rows in squares.items() if request.squares},
         grad_sketch={name: rows[int(request.sums) :] for name, rows in linear.items() if request.sketches},
-        num_grads=len(chosen),
+        num_grads=len(sample),
         estimator=request.estimator,
     )
-
-
-def refusal(task: Task, estimator: Estimator) -> str | None:
-    """Why the estimator cannot be had on this task, with the remedy, in one line; None where it can."""
-    if estimator == "empirical" or task.num_classes is not None:
-        return None
-    name = type(task).__name__
-    return f"estimator {estimator!r} needs labels and {name}.num_classes is None: set it, or choose 'empirical'"
 
 
 class _Total(NamedTuple):
@@ -87,11 +77,6 @@ class _Total(NamedTuple):
             g.add_to(self.squares, weights[None], power=2)
 
 
-def _chosen(examples: Examples, limit: int | None) -> Subset[Batch]:
-    num = len(examples)  # type: ignore[arg-type]
-    return Subset(examples, range(num) if limit is None else torch.randperm(num)[:limit].tolist())
-
-
 def _totals(
     task: Task, model: nn.Module, examples: Subset[Batch], request: Gradients, budget: int
 ) -> dict[str, _Total]:
@@ -101,37 +86,15 @@ def _totals(
     network = per_example(model, examples[0][0])
     size = max(1, min(CHUNK, budget // (4 * max(1, network.width))))
     labels = task.num_classes if request.estimator == "exact" and task.num_classes else 1
-    for (inputs, targets), uniform, signs in _chunks(examples, size, labels, request.sketches):
+    for (inputs, targets), uniform, signs in chunks(examples, size, labels, request.sketches):
         chunk = network(inputs)
-        scores, weights = _scored(task, chunk.outputs, targets, request.estimator, uniform)
+        scores, weights = scored(task, chunk.outputs, targets, request.estimator, uniform)
         signed = signs * weights.sqrt()[..., None]
         mixture = torch.cat([weights[..., None], signed], dim=-1) if request.sums else signed
         for y in range(labels):
             for name, g in chunk.gradients(scores[:, y]):
                 totals[name].add(g, mixture[:, y].T, weights[:, y])
     return totals
-
-
-def _chunks(examples: Subset[Batch], size: int, labels: int, sketches: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    """Examples with their draws, made at once so that they do not depend on `size`: uniform (B,), signs (B, y, r)."""
-    uniform = torch.rand(len(examples), dtype=torch.float64)
-    signs = 2 * torch.randint(2, (len(examples), labels, sketches), dtype=torch.int8) - 1
-    yield from zip(DataLoader(examples, size), torch.split(uniform, size), torch.split(signs, size), strict=True)
-
-
-def _scored(
-    task: Task, outputs: Tensor, targets: Tensor, estimator: Estimator, uniform: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What is differentiated and how it counts, both (B, labels); one y ~ p is where `uniform`, (B,), meets its CDF."""
-    if estimator == "empirical":
-        return -task.loss(outputs, targets)[:, None], torch.ones(len(outputs), 1, dtype=torch.float64)
-    labels = torch.arange(task.num_classes or 0).expand(len(outputs), -1)
-    log_p = -torch.stack([task.loss(outputs, y) for y in labels.unbind(1)], dim=1)
-    p = log_p.detach().double().softmax(1)
-    if estimator == "exact":
-        return log_p, p
-    y = torch.searchsorted(p.cumsum(1), uniform[:, None]).clamp(max=p.shape[1] - 1)
-    return (log_p if estimator == "sampled" else outputs).gather(1, y), torch.ones_like(p[:, :1])
 
 
 def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:

@@ -9,12 +9,12 @@ example uses once, on one row, needs no copies: its gradients δ xᵀ are summed
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ from aggregators.core.update import Tensors
 
 BLOCK = 2**16  # entries converted to float64 at once: they stay in the cache
 
-Layers: TypeAlias = Mapping[str, nn.Linear]  # by the name of the weight
-Change: TypeAlias = Callable[[str, nn.Linear, Tensor, Tensor], Tensor]  # name, layer, input, output -> output
+L = TypeVar("L", bound=nn.Module)
+Change: TypeAlias = Callable[[str, L, Tensor, Tensor], Tensor]  # name, layer, input, output -> output
 
 
 class Rows(NamedTuple):
@@ -91,7 +91,7 @@ class PerExample:
         """The outputs of inputs (B, ...); they see each example as a batch of its own."""
         copies = {name: _copies(param, len(inputs)) for name, param in self.params.items() if name not in self.single}
         shifts = {name: _copies(zeros, len(inputs)) for name, (_, zeros) in self.single.items()}
-        outputs, entered = (vmap(self._one) if self.batched else self._loop)(copies, shifts, _widened(inputs))
+        outputs, entered = (vmap(self._one) if self.batched else self._loop)(copies, shifts, widened(inputs))
         return Pass(outputs, copies, shifts, entered)
 
     def _one(self, params: Tensors, shifts: Tensors, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -101,7 +101,7 @@ class PerExample:
             entered[name] = x
             return output + shifts[name]
 
-        with _changed({name: layer for name, (layer, _) in self.single.items()}, shift):
+        with changed([(name, layer) for name, (layer, _) in self.single.items()], shift):
             outputs = functional_call(self.model, {**self.params, **self.buffers, **params}, (x[None],))
         return outputs[0], entered
 
@@ -113,9 +113,9 @@ class PerExample:
 
 def per_example(model: nn.Module, example: Tensor) -> PerExample:
     """The model, in float32 where it is in half precision, ready for inputs like `example`."""
-    params = {name: _widened(param.detach()) for name, param in model.named_parameters()}
-    buffers = {name: _widened(buffer) for name, buffer in model.named_buffers()}
-    single = _single(model, {**params, **buffers}, _widened(example))
+    params = {name: widened(param.detach()) for name, param in model.named_parameters()}
+    buffers = {name: widened(buffer) for name, buffer in model.named_buffers()}
+    single = _single(model, {**params, **buffers}, widened(example))
     batched = PerExample(model, params, buffers, single)
     return batched if _runs(batched, example) else replace(batched, single={}, batched=False)
 
@@ -143,7 +143,7 @@ def _single(model: nn.Module, tensors: Tensors, example: Tensor) -> dict[str, tu
         calls[name].append(torch.zeros_like(output))
         return linear(x, layer.weight.detach(), layer.bias)
 
-    with _changed(layers, cut):
+    with changed(layers.items(), cut):
         outputs = functional_call(model, {**tensors, **weights}, (example[None],))
     nothing = torch.zeros((), requires_grad=True)
     elsewhere = torch.autograd.grad(outputs.sum() + nothing, [*weights.values(), nothing], allow_unused=True)
@@ -163,17 +163,15 @@ def _runs(network: PerExample, example: Tensor) -> bool:
 
 
 @contextmanager
-def _changed(layers: Layers, change: Change) -> Iterator[None]:
+def changed(layers: Iterable[tuple[str, L]], change: Change[L]) -> Iterator[None]:
     """Within it, what comes out of these layers is what `change` makes of it."""
 
-    def hook(
-        name: str, layer: nn.Linear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
-    ) -> Tensor:
+    def hook(name: str, layer: L, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
         (x,) = (*args, *kwargs.values())
         return change(name, layer, x, output)
 
     with ExitStack() as stack:
-        for name, layer in layers.items():
+        for name, layer in layers:
             stack.enter_context(layer.register_forward_hook(partial(hook, name), prepend=True, with_kwargs=True))
         yield
 
@@ -186,6 +184,7 @@ def _copies(tensor: Tensor, size: int) -> Tensor:
     return tensor.expand(size, *tensor.shape).requires_grad_()
 
 
-def _widened(tensor: Tensor) -> Tensor:
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in float32 where it is in half precision, itself otherwise."""
     floating = tensor.is_floating_point()
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if floating else tensor

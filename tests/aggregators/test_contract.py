@@ -34,20 +34,21 @@ from toys import (
 )
 
 from aggregators.core.base import Aggregator, SumAggregator, Sums
-from aggregators.core.exchange import Exchange, LostRound, Round, collect, run
+from aggregators.core.exchange import Exchange, LostRound, Question, Round, collect, run
 from aggregators.core.registry import methods, parse
 from aggregators.core.seed import derive_seed
 from aggregators.core.tensors import norm, steps
 from aggregators.core.update import ClientUpdate, GlobalModel, Merged, Tensors
 from aggregators.weight_average.fedavg import FedAvg
+from aggregators.weight_average.wise_ft import WiseFT
 
-# --- the methods, each with its default settings, its examples and, for a wrapper, two inners ------------------
+# --- the methods, each with its default settings, its examples and, for a wrapper, its inners ------------------
 
 
 def configurations() -> Iterator[dict[str, Any]]:
     """A configuration for every case."""
     for kind, cls in methods().items():
-        inners = ({"inner": "fedavg"}, {"inner": "fisher"}) if "inner" in cls.model_fields else ({},)
+        inners = [{"inner": inner} for inner in cls.inners] if "inner" in cls.model_fields else [{}]
         for inner in inners:
             for settings in ({}, *cls.examples):
                 yield {"kind": kind, **inner, **settings}
@@ -83,6 +84,7 @@ def moves_on(part: Aggregator) -> bool:
         type(part).__module__.startswith("aggregators.server_step.")  # goes on beyond the inner's merge
         or getattr(part, "prior", None) == "bayes"  # pulls towards θ_t
         or getattr(part, "max_norm", LONGEST) < LONGEST  # clips the step
+        or (isinstance(part, WiseFT) and part.alpha < 1)  # stays on this side of the merge
     )
 
 
@@ -240,20 +242,28 @@ def test_silence_in_any_exchange_loses_the_round(method: Aggregator) -> None:
     model = global_model()
     asked = Silence(clients(model), silent=-1)
     run(method.round(model), asked)
-    for silent in range(asked.exchanges):
+    for silent in range(len(asked.questions)):
         with pytest.raises(LostRound):
             run(method.round(model), Silence(clients(model), silent))
 
 
+@every_round
+def test_a_round_asks_what_the_method_says(method: Aggregator) -> None:
+    for model in (global_model(), seasoned(method)):
+        asked = Silence(clients(model), silent=-1)
+        run(method.round(model), asked)
+        assert asked.questions == [*method.questions()]
+
+
 class Silence:
-    """Answers every exchange but one."""
+    """Answers every exchange but one, and notes what was asked."""
 
     def __init__(self, cohort: Sequence[Client], silent: int) -> None:
-        self.cohort, self.silent, self.exchanges = cohort, silent, 0
+        self.cohort, self.silent, self.questions = cohort, silent, list[Question]()
 
     def __call__(self, exchange: Exchange[Any]) -> Iterator[ClientUpdate]:
-        self.exchanges += 1
-        return ask([] if self.exchanges - 1 == self.silent else self.cohort)(exchange)
+        self.questions.append(Question(exchange.task, exchange.request))
+        return ask([] if len(self.questions) - 1 == self.silent else self.cohort)(exchange)
 
 
 # --- devices ----------------------------------------------------------------------------------------------------

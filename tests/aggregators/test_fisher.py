@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -74,6 +75,66 @@ def test_precision_grows_with_the_examples_not_with_the_gradients(max_grads: int
     assert {update.num_grads for update in cohort} == {min(max_grads, update.num_examples) for update in cohort}
     merged = method.aggregate(model, cohort).params
     assert flat(model, merged) == pytest.approx(by_hand(method, model, cohort), rel=1e-6, abs=1e-7)
+
+
+def test_few_gradients_weigh_by_all_examples() -> None:
+    many = replace(scalar(1, 1.0, 2.0, num=1), num_examples=1000)  # F = 2 from one gradient of 1000 examples
+    few = scalar(2, 0.0, 20.0, num=10)  # F = 2 from all 10
+    assert merged_scalar(Fisher(damping=0), many, few) == pytest.approx(1000 / 1010)
+
+
+# --- normalised -------------------------------------------------------------------------------------------------
+
+
+def normalized(update: ClientUpdate, names: Sequence[str]) -> ClientUpdate:
+    """The update with its Fisher information, Σ g² / N, of norm 1."""
+    whole = np.concatenate([update.sq_grad_sum[name].double().numpy().ravel() for name in names])
+    factor = update.num_grads / float(np.linalg.norm(whole))
+    return replace(update, sq_grad_sum={name: factor * update.sq_grad_sum[name].double() for name in names})
+
+
+@pytest.mark.parametrize("temper", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("settings", [{}, {"damping": 0.0}, {"prior": "bayes"}, {"coefficients": {"7": 3.0}}])
+def test_normalised_it_merges_fisher_information_of_norm_one(temper: float, settings: Any) -> None:
+    model = global_model()
+    cohort = updates(model, SQUARES)
+    merged = Fisher(normalize=True, temper=temper, **settings).aggregate(model, cohort).params
+    expected = by_hand(Fisher(temper=temper, **settings), model, [normalized(update, model.names) for update in cohort])
+    assert flat(model, merged) == pytest.approx(expected, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("factor", [1e-40, 1e-3, 1e30])
+def test_normalised_the_length_of_gradients_is_irrelevant(factor: float) -> None:
+    model = global_model()
+    first, *others = updates(model, SQUARES)
+    longer = replace(first, sq_grad_sum={name: factor * v.double() for name, v in first.sq_grad_sum.items()})
+    merged, again = (
+        flat(model, Fisher(normalize=True).aggregate(model, [one, *others]).params) for one in (first, longer)
+    )
+    assert again == pytest.approx(merged, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("temper", [0.5, 1.0])
+def test_normalised_no_information_stays_none(temper: float) -> None:
+    method = Fisher(normalize=True, damping=0, temper=temper)
+    assert merged_scalar(method, scalar(1, 2.0, 0.0), scalar(2, 4.0, 3.0)) == 4.0
+    assert merged_scalar(method, scalar(1, 2.0, 0.0, num=1), scalar(2, 4.0, 0.0, num=3)) == 3.5
+
+
+@pytest.mark.parametrize("square", [1e-45, 3e38])
+def test_normalised_the_smallest_and_largest_squares_are_no_trouble(square: float) -> None:
+    model = GlobalModel(params={"a": torch.zeros(4)}, trainable=frozenset("a"))
+    cohort = [
+        ClientUpdate(
+            client_id=i,
+            num_examples=1,
+            num_grads=1,
+            params={"a": torch.full((4,), float(i))},
+            sq_grad_sum={"a": torch.full((4,), square if i == 1 else 1.0)},
+        )
+        for i in (1, 3)
+    ]
+    assert Fisher(normalize=True).aggregate(model, cohort).params["a"].tolist() == [2.0] * 4
 
 
 # --- one coordinate ---------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def test_kinds_come_sorted() -> None:
         (
             {"kind": "fisher", "tempr": 0.5},
             "unknown key 'tempr' (did you mean 'temper'?); allowed: coefficients, damping, estimator, kind, max_grads, "
-            "prior, target, temper (its value: 0.5)",
+            "normalize, prior, target, temper (its value: 0.5)",
         ),
         ({"kind": "fisher", "temper": 2}, "temper = 2: input should be less than or equal to 1"),
         ({"kind": "fisher", "damping": "much"}, "damping = 'much': input should be a valid number, unable to"),

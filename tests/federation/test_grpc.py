@@ -87,11 +87,11 @@ def test_a_client_that_dies_in_mid_round_is_asked_again_when_it_returns(tmp_path
     nodes = [{"partition-id": number, "num-partitions": 2, "name": f"site-{number}"} for number in (0, 1)]
     with LocalFederation(tmp_path, nodes) as federation:
         config = {"task": "digits", "rounds": 1, "min-clients": 2, "quorum": 2, "deadline": 180.0}
-        federation.submit(ROOT, {**config, "runs-dir": str(tmp_path / "runs"), "training.epochs": 400})
+        run_id = federation.submit(ROOT, {**config, "runs-dir": str(tmp_path / "runs"), "training.epochs": 400})
         federation.wait_for_log("supernode-1", "Start `flwr-clientapp` process")
         federation.kill_node(1)
         federation.start_node(1)
-        run = federation.wait(timeout=300)
+        run = federation.wait(run_id, timeout=300)
         assert run["status"] == "finished:completed"
         (record,) = records(tmp_path / "runs" / str(run["run-id"]))
     (exchange,) = record["exchanges"]
@@ -99,13 +99,30 @@ def test_a_client_that_dies_in_mid_round_is_asked_again_when_it_returns(tmp_path
     assert sorted(client["name"] for client in exchange["clients"].values()) == ["site-0", "site-1"]
 
 
+SAME_MODEL = {
+    "fedavgm of fisher": {"kind": "fedavgm", "inner": {"kind": "fisher", "estimator": "sampled", "temper": 0.5}},
+    "ssf": "ssf",
+    "ssf, sketches": {"kind": "ssf", "precision": "sketch", "sketches": 2},
+    "regmean": "regmean",
+    "kfac": "kfac",
+    "wise_ft": {"kind": "wise_ft", "inner": "fisher", "weighting": "fisher"},
+}
+
+
 def test_loopback_and_grpc_federations_give_the_same_model(tmp_path: Path) -> None:
     nodes = [{"partition-id": number, "num-partitions": 2, "name": f"site-{number}"} for number in (0, 1)]
-    settings = {"rounds": 2, "seed": 3, "device": "cpu"}
-    method = {"kind": "fedavgm", "inner": {"kind": "fisher", "estimator": "sampled", "temper": 0.5}}
     with LocalFederation(tmp_path, nodes) as federation:
-        folder = finished(federation, ROOT, {**settings, "aggregator": json.dumps(method), "task": "digits"})
-    here = loopback.run("digits", method, nodes=nodes, **settings).model
-    there = load_file(folder / "round-0002.safetensors")
-    for name, tensor in here.params.items():
-        torch.testing.assert_close(there[json.dumps(["params", name])], tensor, rtol=2e-7, atol=1e-9)
+        for name, method in SAME_MODEL.items():
+            settings = {"rounds": 2 if name.startswith("fedavgm") else 1, "seed": 3, "device": "cpu"}
+            config = {**settings, "aggregator": json.dumps(method), "task": "digits", "evaluate": False}
+            folder = finished(federation, ROOT, config)
+            here = loopback.run("digits", method, nodes=nodes, **settings).model
+            there = load_file(folder / f"round-{settings['rounds']:04d}.safetensors")
+            for tensor, value in here.params.items():
+                torch.testing.assert_close(
+                    there[json.dumps(["params", tensor])],
+                    value,
+                    rtol=2e-6,
+                    atol=1e-7,
+                    msg=lambda m, n=name: f"{n}: {m}",
+                )

@@ -1,5 +1,6 @@
 """Whole federations in this process: tasks, clients, wire, admission, merge core and ledger together."""
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,15 +11,15 @@ import torch
 from flwr.app import RecordDict
 from torch import nn
 from torch.utils.data import TensorDataset
-from typer.testing import CliRunner
 
+from aggregators.core.update import ClientUpdate
 from client.task import Examples, Node, Task
 from server import loopback
 from server.app import federate
-from server.cli import app as command
 from server.grid import Content, Reply
 from server.settings import from_run_config
 from server.telemetry import Telemetry
+from server.wire import decode
 
 QUICK = {"rounds": 2, "training": {"epochs": 1}}
 
@@ -56,7 +57,16 @@ def same(a: loopback.Run, b: loopback.Run) -> bool:
 
 @pytest.mark.parametrize(
     "method",
-    ["fedavg", "fisher", "median", {"kind": "fedavgm", "inner": "fisher"}, {"kind": "norm_clip", "inner": "fedavg"}],
+    [
+        "fedavg",
+        "fisher",
+        {"kind": "fisher", "estimator": "logit", "normalize": True},
+        "median",
+        {"kind": "fedavgm", "inner": "fisher"},
+        {"kind": "norm_clip", "inner": "fedavg"},
+        {"kind": "coefficient_search", "inner": "fisher", "candidates": 9},
+        {"kind": "wise_ft", "inner": "fedavg", "weighting": "fisher", "max_grads": 64, "anchor": "round", "alpha": 0.9},
+    ],
     ids=str,
 )
 def test_every_kind_of_method_learns_the_digits(method: Any) -> None:
@@ -78,6 +88,38 @@ def test_private_parameters_stay_at_their_clients_from_round_to_round(caplog: py
     assert list(run.model.params) == ["0.weight", "0.bias"]
     assert "private parameters start from their initial values" not in caplog.text
     assert run.evaluation["loss"] < run.records[0]["received"]["loss"] / 2
+
+
+class Overheard(loopback.Loopback):
+    """Keeps what every client sent, and can tell its private parameters."""
+
+    def ask(self, kind: str, content: Content, cohort: Sequence[int], deadline: float) -> Iterator[Reply]:
+        self.updates: list[ClientUpdate] = []
+        for reply in super().ask(kind, content, cohort, deadline):
+            self.updates.append(decode(reply.content, reply.client_id))
+            yield reply
+
+    def heads(self) -> list[bytes]:
+        return [bytes(context.state.array_records["private"]["flat"].data) for context in self.contexts.values()]
+
+
+def test_fisher_merges_the_shared_body_and_every_client_keeps_its_own_head(tmp_path: Path) -> None:
+    transport = Overheard([{"partition-id": part} for part in range(3)])
+    config = {
+        "task": json.dumps({"kind": f"{__name__}:PrivateHead"}),
+        "aggregator": json.dumps({"kind": "fisher", "estimator": "empirical"}),
+        "evaluate": False,
+    }
+    settings = from_run_config({**config, "rounds": 1, "training.epochs": 5})
+    merged, _ = federate(settings, transport, tmp_path, Telemetry())
+    assert [[*update.sq_grad_sum] for update in transport.updates] == [["0.weight", "0.bias"]] * 3
+    expected = settings.aggregator.aggregate(merged, transport.updates).params
+    assert all(torch.equal(merged.params[name], expected[name]) for name in ("0.weight", "0.bias"))
+    heads = transport.heads()
+    assert len(set(heads)) == 3
+    still = from_run_config({**config, "rounds": 2, "training.epochs": 0, "resume": str(tmp_path)})
+    federate(still, transport, tmp_path, Telemetry())
+    assert transport.heads() == heads
 
 
 def test_clients_that_start_from_their_own_models_receive_none_in_the_first_round() -> None:
@@ -106,8 +148,15 @@ def test_below_quorum_the_model_stands_and_the_record_says_so() -> None:
     assert same(run, untouched)
 
 
-def test_a_run_resumed_after_two_rounds_gives_the_bits_of_one_that_went_through(tmp_path: Path) -> None:
-    method = {"kind": "fedavgm", "inner": {"kind": "fedavg"}}
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"kind": "fedavgm", "inner": "fedavg"},
+        {"kind": "wise_ft", "inner": "fedavg", "weighting": "fisher", "estimator": "empirical"},
+    ],
+    ids=str,
+)
+def test_a_run_resumed_after_two_rounds_gives_the_bits_of_one_that_went_through(method: Any, tmp_path: Path) -> None:
     whole = loopback.run(Line(), method, rounds=4)
     loopback.run(Line(), method, rounds=2, folder=tmp_path)
     rest = loopback.run(Line(), method, rounds=4, folder=tmp_path, resume=str(tmp_path))
@@ -159,14 +208,3 @@ def test_what_cannot_run_is_refused_in_one_line_before_any_client_is_woken(
         federate(from_run_config(config), Asleep(), tmp_path / "run", Telemetry())
     assert said in str(refused.value)
     assert not (tmp_path / "run").exists()
-
-
-def test_the_command_lists_the_methods_and_simulates_a_federation() -> None:
-    listed = CliRunner().invoke(command, ["methods"])
-    assert listed.exit_code == 0
-    assert "damping = 0.1" in listed.output
-    simulated = CliRunner().invoke(command, ["simulate", "--rounds", "1", "--clients", "2"])
-    assert simulated.exit_code == 0
-    refused = CliRunner().invoke(command, ["simulate", "--aggregator", "fishr"])
-    assert refused.exit_code == 2
-    assert "did you mean 'fisher'?" in " ".join(refused.output.replace("│", " ").split())

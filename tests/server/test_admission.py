@@ -158,11 +158,45 @@ WRONG: dict[str, tuple[ClientUpdate, str]] = {
     "no cross moments": (replace(SOUND, cross_moments={}), "cross_moments is missing"),
     "an oblong Gram matrix": (
         changed("gram", "first", torch.ones(2, 3)),
-        "gram first has shape (2, 3), asked for a square",
+        "gram first has shape (2, 3), asked for (5, 5)",
     ),
     "a Gram vector": (
         changed("grad_gram", "first", torch.ones(3)),
-        "grad_gram first has shape (3,), asked for a square",
+        "grad_gram first has shape (3,), asked for (6, 6)",
+    ),
+    "a Gram matrix of other inputs": (
+        changed("gram", "first", torch.eye(7)),
+        "gram first has shape (7, 7), asked for (5, 5)",
+    ),
+    "a Gram matrix in float64": (
+        changed("gram", "first", torch.eye(5).double()),
+        "gram first has dtype torch.float64, asked for torch.float32",
+    ),
+    "a Gram matrix of no layer": (changed("gram", "nowhere", torch.eye(5)), "gram has nowhere, which is no layer"),
+    "a Gram matrix of a layer without a matrix": (
+        changed("grad_gram", "norm", torch.eye(6)),
+        "grad_gram has norm, which is no layer of the model that trains",
+    ),
+    "a Gram matrix of one kind alone": (
+        changed("grad_gram", "first", None),
+        "only one of gram and grad_gram has first: asked for both of every layer",
+    ),
+    "a Gram matrix of no inputs": (changed("gram", "first", torch.zeros(5, 5)), "gram first counts 0 inputs"),
+    "a lopsided Gram matrix": (
+        changed("gram", "first", torch.eye(5) + torch.ones(5, 5).triu(1) / 100),
+        "gram first is not symmetric",
+    ),
+    "a Gram matrix beyond its diagonal": (
+        changed("grad_gram", "first", torch.eye(6) * 0.9 + 1.1 * (1 - torch.eye(6))),
+        "grad_gram first has an entry beyond those of its diagonal: Cauchy–Schwarz",
+    ),
+    "a Gram matrix with an entry beside a zero": (
+        changed("gram", "first", torch.eye(5) * torch.tensor([0.0, 1, 1, 1, 1]) + 0.01 * (1 - torch.eye(5))),
+        "gram first has an entry beyond those of its diagonal: Cauchy–Schwarz",
+    ),
+    "an indefinite Gram matrix": (
+        changed("gram", "first", 2.6 * torch.eye(5) - 0.6),
+        "gram first has a negative eigenvalue",
     ),
     "a negative Gram diagonal": (changed("gram", "first", -torch.eye(5)), "the diagonal of gram first is negative"),
     "a Gram matrix of NaN": (changed("gram", "first", NAN * torch.eye(5)), "gram first holds NaN or infinity"),
@@ -306,6 +340,97 @@ def test_sums_added_up_in_float32_pass() -> None:
     assert (sums.double().square() > 10_000 * squares.double() * (1 + 1e-5)).any()
     model, update = sums_of(gradient.double().expand(10_000, 64), torch.float32)
     assert reason(replace(update, grad_sum={"w": sums}, sq_grad_sum={"w": squares}), BOTH, model) == ""
+
+
+# --- Gram matrices --------------------------------------------------------------------------------------------------
+
+
+GRAMS = asking(Request(gram=True))
+
+
+def gram_of(x: Tensor) -> tuple[GlobalModel, ClientUpdate]:
+    """A model of one layer, and an update with the Gram matrix of its inputs x, shape (n, in)."""
+    model = GlobalModel(params={"a.weight": torch.zeros(1, x.shape[1])}, trainable=frozenset({"a.weight"}))
+    rows = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
+    update = ClientUpdate(
+        client_id=1, num_examples=len(x), num_grads=len(x), params=model.params, gram={"a": (rows.T @ rows).float()}
+    )
+    return model, update
+
+
+@settings(max_examples=200)
+@given(
+    num=st.integers(1, 50),
+    spread=st.sampled_from([0.0, 1e-9, 1e-4, 1.0]),
+    scale=st.sampled_from([-24, -23, -20, -10, 0, 10, 15]),
+    mixed=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_true_gram_matrices_pass_at_any_scale_and_rank(
+    num: int, spread: float, scale: int, mixed: bool, seed: int
+) -> None:
+    """From one example, or all alike, to full rank; inputs whose squares underflow beside others whose do not."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 16, generator=generator).double() + spread * torch.randn(num, 16, generator=generator).double()
+    x[:, 3] = 0
+    x[:, 8 if mixed else 0 :] *= 10.0**scale
+    model, update = gram_of(x)
+    assert reason(update, GRAMS, model) == ""
+
+
+def test_a_gram_matrix_added_up_in_float32_passes() -> None:
+    x = torch.rand(10_000, 8, generator=torch.Generator().manual_seed(0))
+    model, update = gram_of(x)
+    total = torch.zeros(9, 9)
+    for row in torch.cat([x, torch.ones(len(x), 1)], 1):
+        total += torch.outer(row, row)
+    assert reason(replace(update, gram={"a": total}), GRAMS, model) == ""
+
+
+@given(direction=st.integers(0, 7), share=st.floats(0.02, 1.0))
+def test_an_eigenvalue_below_zero_is_refused_however_few_the_negative_directions(direction: int, share: float) -> None:
+    model, update = gram_of(torch.randn(40, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    values, vectors = torch.linalg.eigh(update.gram["a"].double())
+    values[direction] = -share * values[-1]
+    turned = ((vectors * values) @ vectors.T).float()
+    assert reason(replace(update, gram={"a": turned}), GRAMS, model).startswith(("gram a", "the diagonal of gram a"))
+
+
+def test_a_client_may_leave_a_layer_out() -> None:
+    rest = {name: gram for name, gram in SOUND.gram.items() if name != "first"}
+    others = {name: gram for name, gram in SOUND.grad_gram.items() if name != "first"}
+    assert reason(replace(SOUND, gram=rest, grad_gram=others)) == ""
+
+
+def test_a_convolutions_gram_matrix_is_that_of_its_patches() -> None:
+    params = {"weight": torch.zeros(2, 3, 2, 2), "a.weight": torch.zeros(4, 2, 3)}
+    model = GlobalModel(params=params, trainable=frozenset(params))
+    grams = {"": torch.eye(13), "a": torch.eye(7)}
+    update = ClientUpdate(client_id=1, num_examples=1, num_grads=1, params=params, gram=grams)
+    assert reason(update, GRAMS, model) == ""
+    assert "gram a has shape (13, 13), asked for (7, 7)" in reason(
+        replace(update, gram={**grams, "a": torch.eye(13)}), GRAMS, model
+    )
+
+
+def test_a_layer_that_does_not_train_has_no_gram_matrix() -> None:
+    model, update = gram_of(torch.ones(3, 2))
+    frozen = replace(model, trainable=frozenset())
+    assert "gram has a, which is no layer of the model that trains" in reason(update, GRAMS, frozen)
+
+
+@pytest.mark.parametrize("num", [0, 4])
+def test_gram_matrices_count_their_examples(num: int) -> None:
+    model, update = gram_of(torch.ones(3, 2))
+    assert reason(replace(update, num_grads=num), GRAMS, model) == f"num_grads is {num}: allowed is 1 to 3"
+
+
+def test_gradients_gram_matrices_name_their_estimator() -> None:
+    asked = asking(Request(grad_gram=True, gradients=Gradients(estimator="empirical")))
+    only = replace(SOUND, grad_sum={}, sq_grad_sum={}, grad_sketch={}, gram={}, moments={}, cross_moments={})
+    only = replace(only, class_counts=None)
+    assert reason(only, asked) == "estimator is exact, asked for empirical"
+    assert reason(replace(only, estimator="empirical"), asked) == ""
 
 
 # --- finiteness -----------------------------------------------------------------------------------------------------

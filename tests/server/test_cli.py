@@ -1,0 +1,157 @@
+"""The command: what it tells of every method, and a federation in this process."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from rich.cells import cell_len
+from toys import EVERYTHING, clients
+from typer.testing import CliRunner
+
+from aggregators.core.base import CohortAggregator
+from aggregators.core.exchange import Exchange, Question, collect
+from aggregators.core.flat import tensor_fields
+from aggregators.core.registry import methods
+from aggregators.core.update import GlobalModel
+from server.catalogue import answered, describe, example, upload
+from server.cli import app
+
+every_kind = pytest.mark.parametrize("kind", methods())
+
+
+def printed(*arguments: str, code: int = 0) -> str:
+    """What the command prints, its tables' lines and line breaks as spaces."""
+    finished = CliRunner().invoke(app, arguments)
+    assert finished.exit_code == code, finished.output
+    return " ".join(re.sub("[│┃┏┓┡┩└┘━─┳╇┴╭╮╰╯]", " ", finished.output).split())
+
+
+# --- what a method says of itself -------------------------------------------------------------------------------
+
+
+@every_kind
+def test_every_method_says_what_it_is_by_which_formula_and_from_which_paper(kind: str) -> None:
+    about = describe(methods()[kind])
+    assert about.summary
+    assert re.search("[=←]", about.formula), f"{kind}: write its formula, a sentence with =, into its docstring"
+    assert about.papers, f"{kind}: end its docstring with `Source: authors year, title, place.`"
+
+
+class Plain(CohortAggregator):
+    """The first client's model,
+    whatever it is.
+
+    It is θ* = θ_1 of the cohort, where θ_1 is the first, e.g. by id. α = 0 is not allowed.
+    Source: Doe et al. 2019, "Firsts", eq. 1; Roe and Poe 2021, "Seconds", 3rd edition,
+    section 2; ours. Time O(D).
+    """
+
+
+class Silent(CohortAggregator):
+    pass
+
+
+def test_a_description_is_read_from_the_docstring() -> None:
+    about = describe(Plain)
+    assert about.summary == "The first client's model, whatever it is"
+    assert about.formula == "It is θ* = θ_1 of the cohort"
+    assert about.source == 'Doe et al. 2019, "Firsts", eq. 1; Roe and Poe 2021, "Seconds", 3rd edition, section 2; ours'
+    assert about.papers == ["Doe et al. 2019", "Roe and Poe 2021"]
+
+
+def test_what_a_docstring_lacks_is_empty() -> None:
+    assert describe(Silent) == ("", "", "")
+    assert describe(Silent).papers == []
+
+
+# --- what clients send ------------------------------------------------------------------------------------------
+
+INPUTS, OUTPUTS = 6, 5
+MODEL = GlobalModel(
+    params={"a.weight": torch.zeros(OUTPUTS, INPUTS), "a.bias": torch.zeros(OUTPUTS)},
+    trainable=frozenset({"a.weight", "a.bias"}),
+)
+
+
+def sent(question: Question) -> int:
+    """The bytes of all tensors that a client answers."""
+    exchange = Exchange(task=question.task, params=MODEL.params, request=question.request, fold=collect)
+    (client,) = clients(MODEL, num=1)
+    fields = tensor_fields(client.reply(exchange))
+    return sum(tensor.nbytes for tensors in fields.values() for tensor in tensors.values())
+
+
+def told(text: str) -> int:
+    """The bytes that `8 a parameter, 4i² + 4o² a layer` means for the model."""
+    numbers = re.fullmatch(r"(\d+) a parameter(?:, (.*) a layer)?", text)
+    assert numbers
+    size = sum(tensor.numel() for tensor in MODEL.params.values())
+    terms = re.findall(r"(\d+)(i²|o²|o|)", numbers[2] or "")
+    values = {"i²": (INPUTS + 1) ** 2, "o²": OUTPUTS**2, "o": OUTPUTS, "": 1}
+    return int(numbers[1]) * size + sum(int(factor) * values[power] for factor, power in terms)
+
+
+@every_kind
+def test_the_bytes_told_are_those_sent(kind: str) -> None:
+    questions = [*example(kind).questions()]
+    assert told(upload(questions)) == sum(map(sent, questions)) > 0
+
+
+@pytest.mark.parametrize("task", ["train", "measure"])
+def test_of_every_statistic_the_bytes_told_are_those_sent(task: Any) -> None:
+    question = Question(task, EVERYTHING.model_copy(update={"class_counts": False}))
+    assert told(upload([question])) == sent(question)
+    assert answered(question).removeprefix("weights, ") == "Σg, Σg², 2 sketches, Σxxᵀ, Σδδᵀ, moments, Σabᵀ"
+
+
+def test_an_evaluation_costs_no_bytes() -> None:
+    assert answered(Question("evaluate")) == "metrics"
+    assert upload([Question("train"), Question("evaluate")]) == "4 a parameter"
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def test_the_methods_are_listed_in_120_columns_with_paper_formula_statistics_and_bytes() -> None:
+    listed = CliRunner().invoke(app, ["methods"]).output
+    assert max(map(cell_len, listed.splitlines())) <= 120
+    rows = {row.split()[1]: row for row in re.split("[├┡].*[┤┩]", listed)[1:]}
+    assert [*rows] == [*methods()]
+    for said in ("weights, Σg²", "8 a parameter", "P_k = λ_k n_k F_k^γ", "Raffel 2022"):
+        assert said in rows["fisher"]
+
+
+def test_one_method_is_shown_with_its_docstring_and_every_setting() -> None:
+    said = printed("methods", "fisher")
+    assert "A coordinate without information takes c." in said
+    assert "damping 0.1 number from 0 λ over the mean summed precision" in said
+    assert "prior mean mean, bayes, target what damping pulls towards" in said
+    assert "max_grads null whole number from 1 or null" in said
+    assert "coefficients {} by client: number from 0" in said
+    assert "1 train weights, Σg² 8 a parameter" in said
+
+
+def test_a_method_of_methods_is_shown_with_its_first_inner_one() -> None:
+    assert 'inner {"kind": "fisher"} a method' in printed("methods", "coefficient_search")
+
+
+def test_a_configured_method_is_shown_with_what_it_asks_as_it_is_set() -> None:
+    config = {"kind": "wise_ft", "weighting": "fisher", "alpha": 0.25, "inner": {"kind": "fisher", "temper": 0.5}}
+    said = printed("methods", json.dumps(config))
+    assert 'inner {"kind": "fisher", "temper": 0.5}' in said
+    assert "alpha 0.25 number from 0 to 1" in said
+    assert "1 train weights, Σg² 8 a parameter 2 measure Σg² 4 a parameter" in said
+
+
+@pytest.mark.parametrize("arguments", [("methods", "fishr"), ("simulate", "--aggregator", "fishr")], ids=" ".join)
+def test_a_method_that_is_unknown_is_refused_with_the_nearest(arguments: tuple[str, ...]) -> None:
+    assert "unknown aggregation method 'fishr' (did you mean 'fisher'?)" in printed(*arguments, code=2)
+
+
+def test_a_federation_is_simulated() -> None:
+    said = printed("simulate", "--rounds", "1", "--clients", "2")
+    assert "round 1: train, asking 2 clients" in said
