@@ -1,8 +1,9 @@
-"""Squares of single examples' gradients, beside an epoch of training and a plain loop on the same examples."""
+"""What clients compute for the server, beside an epoch of training and a plain loop on the same examples."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -19,6 +20,14 @@ from .row import Row, interleaved
 
 EXAMPLES = 2000
 LOOPED = {"empirical": 200, "exact": 40}  # examples that the loop is timed on, and counted up from
+SAMPLED = Gradients(estimator="sampled")
+REQUESTS = {
+    "Σg and Σg², sampled (ssf)": Request(gradients=Gradients(sums=True, squares=True, estimator="sampled")),
+    "Σg² and 8 sketches, sampled": Request(gradients=Gradients(squares=True, sketches=8, estimator="sampled")),
+    "Gram matrices of inputs (regmean)": Request(gram=True),
+    "both Gram matrices, sampled (kfac)": Request(gram=True, grad_gram=True, gradients=SAMPLED),
+    "both Gram matrices, exact (kfac)": Request(gram=True, grad_gram=True, gradients=Gradients()),
+}
 
 
 class Images(Task):
@@ -43,6 +52,8 @@ def rows() -> Iterator[Row]:
         yield from _rows("ConvNet (21,840 parameters)", convnet(), "empirical", "<= 3")
         yield from _rows("ConvNet (21,840 parameters)", convnet(), "exact", "")
         yield from _rows("3 × 512 perceptron", mlp(784, 512, 512, 512, 10), "empirical", "<= 3")
+        yield from _kinds("ConvNet (21,840 parameters)", convnet())
+        yield from _kinds("3 × 512 perceptron", mlp(784, 512, 512, 512, 10))
     finally:
         torch.set_num_threads(threads)
 
@@ -61,6 +72,16 @@ def _rows(network: str, model: nn.Module, estimator: Estimator, asked: str) -> I
     work = f"{estimator} squares, {network}"
     yield Row(work, "an epoch of training", ours / epoch, asked, f"{ours:.2f} s, epoch {epoch:.2f} s")
     yield Row(work, "a loop over single examples", ours / looped, "<= 0.5", f"{ours:.2f} s, loop {looped:.2f} s")
+
+
+def _kinds(network: str, model: nn.Module) -> Iterator[Row]:
+    """Every other kind of statistic, beside an epoch."""
+    examples, training = noise(EXAMPLES), Training(learning_rate=1e-9)
+    works = [partial(measure, Images(), model, examples, request, seed=0) for request in REQUESTS.values()]
+    epoch, *taken = interleaved(partial(train, Images(), model, examples, training, seed=0, round=1), *works, repeats=2)
+    for kind, seconds in zip(REQUESTS, taken, strict=True):
+        detail = f"{seconds:.2f} s, epoch {epoch:.2f} s"
+        yield Row(f"{kind}, {network}", "an epoch of training", seconds / epoch, "", detail)
 
 
 def noise(num: int) -> Examples:
