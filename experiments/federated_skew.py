@@ -271,7 +271,7 @@ NOTES = (
     "Bytes are of both directions and all clients, as encoded for the wire.",
 )
 
-app = command_line("federated_skew", run, seeds=3, quick_seeds=3)
+app = command_line("federated_skew", run, seeds=5, quick_seeds=3)
 
 if __name__ == "__main__":
     app()

@@ -35,9 +35,9 @@ DESCENTS: Mapping[str, tuple[MaskSize, Precision]] = {
 }
 NOTES = (
     "SSF's steps with a fixed number masked converge to another point than the posterior's mean, because their "
-    "objective is another; with all 11 masked it would be diagonal Fisher merging's. Only a uniform number masked, "
-    "with each coordinate's own (marginal) precision, has the posterior's mean as its limit. It gets there slowly: the "
-    "masks' noise grows with the distance, so that steps ten times as large diverge.",
+    "objective is another; with all 11 masked it would be diagonal Fisher merging's. Only with a uniform number masked "
+    "and each coordinate's own (marginal) precision is the posterior's mean the objective's minimum. Steps of constant "
+    "size then come as near as the masks' noise lets them, and diverge when they are ten times as large.",
     "The paper's diagonal Fisher curve takes another noise variance and leaves the bias out; here it has the true "
     "posteriors' diagonals.",
     "For linear models the ensemble's prediction is isotropic merging's.",
@@ -167,7 +167,7 @@ def plot(courses: Mapping[str, Sequence[Course]], figure: Figure) -> None:
     for style, (name, found) in enumerate(courses.items()):
         distances = torch.tensor([course.distances for course in found]).log().mean(0).exp()
         if len(distances) > 1:
-            axes.plot(range(1, 1 + len(distances)), distances, label=name)
+            axes.plot(range(1, 1 + len(distances)), distances, color=f"C{style}", label=name)
         else:
             axes.axhline(float(distances), linestyle="--", color=f"C{style}", label=name)
     axes.set(xlabel="step", ylabel="relative distance to the pooled posterior's mean", xscale="log", yscale="log")
@@ -176,4 +176,5 @@ def plot(courses: Mapping[str, Sequence[Course]], figure: Figure) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # such small systems only lose by more
     command_line("ssf_linear", run, seeds=5, quick_seeds=2)()

@@ -12,6 +12,7 @@ from itertools import product
 from statistics import fmean
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from matplotlib.figure import Figure
 from rich.progress import track
 
@@ -24,7 +25,7 @@ from client.training import seeded
 from .cache import cached
 from .merging import Cohort, Method, Outcome, costs, held_out, one_exchange
 from .pinwheel import Pinwheel, Schedule, train
-from .report import Gate, Report, Row, Spread, command_line, spread
+from .report import Gate, Report, Row, command_line, spread
 from .sources import sources
 
 CLIENTS = (2, 3, 4, 5)  # K
@@ -34,11 +35,15 @@ ISOTROPIC, FRACTION, SLACK = 1.2, 0.8, 0.0002  # what the gates ask for
 NOTES = (
     "Every client holds the same 350 points, so the loss on them, the paper's measure, is the worst client's too. "
     "The gates are on held-out points, which no client and no statistic has seen.",
+    "The paper's own losses (K = 2: isotropic 1.076, Fisher 0.741) are near those of clients of 100 epochs and more, "
+    "the schedule of its authors' script. The gates are on clients of whom the k-th is that script's (k + 1)-th.",
     "SSF's masks are drawn anew in every step. Of 20 masks drawn once, as one version of the authors' code has it, 1 % "
     "of the parameters are in none at 20 %: these stay at their initialisation, and SSF ends above Fisher (`fixed`).",
-    "`closed form` merges the very posteriors whose masked loss SSF descends. `ssf` is this project's default: it "
-    "gives the gradients' sum n times the weight that the paper's code gives it, which is right for the exact "
-    "estimator, whose sum is 0, and not for logits, whose gradients are no score.",
+    "`closed form` merges the very posteriors whose masked loss SSF descends. With the exact estimator the gradients "
+    "sum to 0, so these posteriors are diagonal: SSF, at any mask size, is then Fisher merging that has not quite "
+    "converged.",
+    "`ssf` is this project's default but for the estimator: it gives the gradients' sum its full weight, n times the "
+    "paper's. That is for scores, whose sum is small; with logits' gradients, which are no scores, it does harm.",
     "The best client alone is chosen on the held-out points. It beats every merge: these clients share their data, so "
     "merging has nothing to add to the one that trained longest.",
 )
@@ -56,6 +61,7 @@ class Setting(NamedTuple):
 
 SETTINGS = (Setting("logit", 2), Setting("exact", 2), Setting("logit", 1))  # the gates are on the first
 Results: TypeAlias = Mapping[int, Mapping[str, Sequence[Outcome]]]  # by K and method; one outcome per seed
+Losses: TypeAlias = Mapping[str, Sequence[float]]  # by method; one per seed
 
 
 def run(quick: bool, seeds: int) -> Report:
@@ -69,7 +75,7 @@ def run(quick: bool, seeds: int) -> Report:
     cost = costs(gated[largest], methods("logit", sizes, seed=0), tensors(Pinwheel().model()))
     return Report(
         title="SSF, Table 1: PINWHEEL",
-        tables={**tables(results), f"Costs, K = {largest}": cost},
+        tables={**tables(results), **ungated(results), f"Costs, K = {largest}": cost},
         plot=lambda figure: plot(gated, figure),
         gates=gates(gated),
         notes=NOTES,
@@ -126,6 +132,17 @@ def tables(results: Mapping[Setting, Results]) -> dict[str, list[Row]]:
     }
 
 
+def ungated(results: Mapping[Setting, Results]) -> dict[str, list[Row]]:
+    """What the gates would say of the other settings."""
+    others = {setting: gates(found) for setting, found in results.items() if setting != SETTINGS[0]}
+    return {
+        f"{setting}: the orderings, not gated": [
+            {"ordering": gate.name, "holds": "yes" if gate.holds else "no", "figures": gate.detail} for gate in found
+        ]
+        for setting, found in others.items()
+    }
+
+
 def _row(found: Mapping[str, Sequence[Outcome]], loss: Callable[[Outcome], float]) -> Row:
     return {name: spread(map(loss, outcomes)) for name, outcomes in found.items()}
 
@@ -135,13 +152,11 @@ def gates(results: Results) -> list[Gate]:
     losses = {k: {name: held_out(outcomes) for name, outcomes in found.items()} for k, found in results.items()}
     ratios = {k: _isotropic(found) for k, found in losses.items()}
     shares = {k: _ordered(found) for k, found in losses.items()}
-    to_fisher = {k: paired(found["closed form"], found["Fisher"]).mean for k, found in losses.items()}
-    to_ssf = {k: paired(found["closed form"], found["SSF 20%"]).mean for k, found in losses.items()}
     return [
         _gate("isotropic at least 1.2 times every other", ratios, lambda ratio: ratio >= ISOTROPIC),
         _gate("SSF 20% < SSF 50% < Fisher in 4 of 5 seeds", shares, lambda share: share >= FRACTION),
-        _gate("closed form below Fisher", to_fisher, lambda gap: gap < 0),
-        _gate("closed form at most 0.0002 above SSF 20%", to_ssf, lambda gap: gap <= SLACK),
+        _gap_gate("closed form below Fisher", losses, "Fisher", lambda gap: gap < 0),
+        _gap_gate("closed form at most 0.0002 above SSF 20%", losses, "SSF 20%", lambda gap: gap <= SLACK),
     ]
 
 
@@ -150,41 +165,50 @@ def _gate(name: str, figures: Mapping[int, float], holds: Callable[[float], bool
     return Gate(name, all(map(holds, figures.values())), detail)
 
 
-def _isotropic(losses: Mapping[str, Sequence[float]]) -> float:
+def _gap_gate(name: str, losses: Mapping[int, Losses], other: str, holds: Callable[[float], bool]) -> Gate:
+    """On the closed form's loss less the other's, in the mean over seeds."""
+    gaps = {k: differences(found["closed form"], found[other]) for k, found in losses.items()}
+    seeds = {k: f"in {sum(map(holds, gap))} of {len(gap)} seeds" for k, gap in gaps.items()}
+    detail = ", ".join(f"K = {k}: {fmean(gap):+.4f}, {seeds[k]}" for k, gap in gaps.items())
+    return Gate(name, all(holds(fmean(gap)) for gap in gaps.values()), detail)
+
+
+def _isotropic(losses: Losses) -> float:
     """Isotropic's mean over the largest of Fisher's, SSF's and the closed form's."""
     others = [name for name in losses if name in ("Fisher", "closed form") or name.endswith("%")]
     return fmean(losses["isotropic"]) / max(fmean(losses[name]) for name in others)
 
 
-def _ordered(losses: Mapping[str, Sequence[float]]) -> float:
+def _ordered(losses: Losses) -> float:
     """The share of seeds in which the paper's order holds."""
     seeds = zip(losses["SSF 20%"], losses["SSF 50%"], losses["Fisher"], strict=True)
     return fmean(low < middle < high for low, middle, high in seeds)
 
 
-def paired(losses: Sequence[float], others: Sequence[float]) -> Spread:
-    """The difference between two methods' losses, seed by seed."""
-    return spread(mine - other for mine, other in zip(losses, others, strict=True))
+def differences(losses: Sequence[float], others: Sequence[float]) -> list[float]:
+    """What one method's loss is above another's, seed by seed."""
+    return [mine - other for mine, other in zip(losses, others, strict=True)]
 
 
 def plot(results: Results, figure: Figure) -> None:
     """Left, losses; right, how far below Fisher's they are, seed by seed."""
     left, right = figure.subplots(1, 2)
-    for name in next(iter(results.values())):
-        losses = [held_out(found[name]) for found in results.values()]
-        gaps = [paired(mine, held_out(found["Fisher"])) for mine, found in zip(losses, results.values(), strict=True)]
-        if name not in ("ssf", "SSF 20%, fixed"):
-            left.plot([*results], [fmean(found) for found in losses], marker=".", label=name)
-        if name == "closed form" or name.endswith("%"):
-            right.errorbar([*results], [g.mean for g in gaps], [g.sd for g in gaps], marker=".", capsize=2, label=name)
-    left.set(xlabel="clients K", ylabel="loss on held-out points", yscale="log", xticks=[*results])
-    right.set(xlabel="clients K", ylabel="loss less Fisher's, mean ± sd over seeds", xticks=[*results])
+    losses = {name: [held_out(found[name]) for found in results.values()] for name in next(iter(results.values()))}
+    for name in ("prediction ensemble", "isotropic", "Fisher", "SSF 20%", "closed form", "best client alone"):
+        left.plot([*results], [fmean(found) for found in losses[name]], marker=".", label=name)
+    for name in (name for name in losses if name == "closed form" or name.endswith("%")):
+        gaps = [spread(differences(*pair)) for pair in zip(losses[name], losses["Fisher"], strict=True)]
+        right.errorbar([*results], [g.mean for g in gaps], [g.sd for g in gaps], marker=".", capsize=2, label=name)
+    left.set(ylabel="loss on held-out points", yscale="log")
+    right.set(ylabel="loss less Fisher's, mean ± sd over seeds")
     right.axhline(0, color="grey", linewidth=0.8)
     figure.suptitle("PINWHEEL, 400 parameters, estimator logit")
     for axes in (left, right):
+        axes.set(xlabel="clients K", xticks=[*results])
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # such small systems only lose by more
     command_line("ssf_pinwheel", run, seeds=5)()

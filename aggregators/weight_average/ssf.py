@@ -93,8 +93,8 @@ class SSF(CohortAggregator):
         {"precision": "sketch", "sketches": 0, "damping": 0.0},
         {"prior": "bayes", "estimator": "empirical"},
         {"prior": "target", "target": 1, "temper": 0.5, "estimator": "logit"},
-        {"solver": "cg", "masks": 4},
-        {"solver": "sgd", "steps": 20, "masks": 4, "resample": True, "mask_size": "uniform", "learning_rate": 1e-3},
+        {"solver": "cg", "masks": 3},
+        {"solver": "sgd", "steps": 5, "masks": 2, "resample": True, "mask_size": "uniform", "learning_rate": 1e-3},
     )
 
     def model_post_init(self, context: object) -> None:

@@ -101,10 +101,10 @@ def test_a_client_that_dies_in_mid_round_is_asked_again_when_it_returns(tmp_path
 
 SAME_MODEL = {
     "fedavgm of fisher": {"kind": "fedavgm", "inner": {"kind": "fisher", "estimator": "sampled", "temper": 0.5}},
-    "ssf": "ssf",
+    "ssf": {"kind": "ssf"},
     "ssf, sketches": {"kind": "ssf", "precision": "sketch", "sketches": 2},
-    "regmean": "regmean",
-    "kfac": "kfac",
+    "regmean": {"kind": "regmean"},
+    "kfac": {"kind": "kfac"},
     "wise_ft": {"kind": "wise_ft", "inner": "fisher", "weighting": "fisher"},
 }
 
