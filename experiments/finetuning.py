@@ -121,15 +121,6 @@ def merged_from(config: Config, start: Tensors, clients: Sequence[Finetuned], li
     return run(parse(config).round(GlobalModel(params=start, trainable=frozenset(start))), ask)
 
 
-def traffic(config: Config, params: Tensors) -> int:
-    """Bytes that a client receives and sends in one round: models, and statistics of a model's size."""
-    copies = 0
-    for question in parse(config).questions():
-        asked = question.request.gradients
-        copies += 1 + (question.task == "train") + (asked.sums + asked.squares + asked.sketches if asked else 0)
-    return copies * sum(value.numel() * value.element_size() for value in params.values())
-
-
 @torch.no_grad()
 def probabilities(task: Task, params: Tensors, inputs: Tensor) -> Tensor:
     """Each input's probabilities of the labels, (n, num_classes)."""

@@ -20,13 +20,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from aggregators.core.registry import parse
 from aggregators.core.seed import derive_seed
 from aggregators.core.update import ClientUpdate, Tensors
 from client.task import Examples, Node, Task
 from client.training import Training
 
-from .finetuning import Config, Finetuned, initial, merged, probabilities, traffic
+from .finetuning import Config, Finetuned, initial, merged, probabilities
 from .mail import FOLDERS, Pieces, mail
+from .merging import traffic
 from .report import Gate, Report, Row, command_line
 from .scores import Scores, bars, table
 
@@ -223,7 +225,7 @@ def tables(outcomes: Sequence[Outcome]) -> dict[str, list[Row]]:
     """Accuracies, and the bytes that a client receives and sends in a round."""
     params = initial(Mail(), 0)
     costs: dict[str, Row] = {
-        name: {"bytes per client and round": traffic(config, params)} for name, config in METHODS.items()
+        name: {"bytes per client and round": traffic(parse(config), params)} for name, config in METHODS.items()
     }
     caption = f"Three clients, {sum(value.numel() for value in params.values()):,} trained parameters each"
     return {caption: table("method", [outcome.scores for outcome in outcomes], costs)}

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 from torch.utils.data import TensorDataset
 
+from aggregators.core.registry import parse
 from aggregators.core.seed import derive_seed
 from aggregators.core.update import Merged, Probe, Tensors
 from client.task import Task, is_private
@@ -29,7 +30,8 @@ from client.tasks.mnist import Mnist
 from client.tasks.own_data import Labelled
 from client.training import Training
 
-from .finetuning import Config, Finetuned, accuracy, initial, merged, merged_from, traffic
+from .finetuning import Config, Finetuned, accuracy, initial, merged, merged_from
+from .merging import traffic
 from .report import Gate, Report, Row, command_line
 from .scores import Scores, bars, gap, over, table
 
@@ -301,7 +303,7 @@ def tables(outcomes: Sequence[Outcome], sizes: Sizes) -> dict[str, list[Row]]:
 
 
 def _bytes(configs: Mapping[str, Config], params: Tensors) -> dict[str, Row]:
-    return {name: {"bytes per client and round": traffic(config, params)} for name, config in configs.items()}
+    return {name: {"bytes per client and round": traffic(parse(config), params)} for name, config in configs.items()}
 
 
 def gates(outcomes: Sequence[Outcome]) -> list[Gate]:

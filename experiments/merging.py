@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from aggregators.core.base import CohortAggregator, SumAggregator
+from aggregators.core.base import Aggregator, CohortAggregator, SumAggregator
 from aggregators.core.registry import parse
 from aggregators.core.seed import derive_seed
 from aggregators.core.update import ClientUpdate, GlobalModel, Request, Tensors
@@ -101,10 +101,12 @@ def held_out(outcomes: Sequence[Outcome]) -> list[float]:
     return [outcome.held_out for outcome in outcomes]
 
 
-def traffic(method: Method, params: Tensors) -> int:
-    """Bytes that a client receives and sends in a round of this method: two models and the statistics it asks for."""
-    asked = method.request.gradients
-    copies = 2 + (asked.sums + asked.squares + asked.sketches if asked else 0)
+def traffic(method: Aggregator, params: Tensors) -> int:
+    """Bytes that a client receives and sends in one round: models, and statistics of a model's size."""
+    copies = 0
+    for question in method.questions():
+        asked = question.request.gradients
+        copies += 1 + (question.task == "train") + (asked.sums + asked.squares + asked.sketches if asked else 0)
     return copies * sum(param.numel() * param.element_size() for param in params.values())
 
 

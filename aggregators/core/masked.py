@@ -141,12 +141,12 @@ def _mask(orders: Tensor, masked: int, size: int) -> Mask:
 
 
 def descend(losses: Iterator[MaskedLoss], start: Tensor, steps: int, learning_rate: float, momentum: float) -> Tensor:
-    """θ after gradient descent with momentum, each step on the next loss; LostRound where it diverges."""
+    """θ after gradient descent with momentum, a step on each loss; LostRound where the last loss is no number."""
     theta, velocity = start.clone(), torch.zeros_like(start)
     for loss in islice(losses, steps):
         velocity = momentum * velocity + loss.gradient(theta)
         theta = theta - learning_rate * velocity
-    if not bool(theta.isfinite().all()):
+    if not bool(loss.value(theta).isfinite()):
         raise LostRound(f"the masked loss diverged at learning rate {learning_rate:g}: lower it, or use 'closed_form'")
     return theta
 

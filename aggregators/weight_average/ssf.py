@@ -47,7 +47,7 @@ class SSF(CohortAggregator):
     `closed_form` solves this exactly, in O(D (K r)²) time and O(Kr) a coordinate of a block; `sgd` and `cg` minimise
     the paper's masked loss instead, in O(D r) a step and mask, whose limit is the closed form if `mask_size` is
     `uniform` and `conditional` `marginal`. `SSF.paper` is the paper's protocol. Memory K updates.
-    Source: Recasens et al. 2023, "Beyond parameter averaging in model aggregation" (self-supervised Fisher), eqs. 4-7.
+    Source: Recasens et al. 2023, "Beyond Parameter Averaging in Model Aggregation", eqs. 4-7.
     """
 
     kind: Literal["ssf"] = "ssf"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations, islice, repeat
+from itertools import combinations, repeat
 
 import pytest
 import torch
@@ -176,7 +176,7 @@ def test_conditionals_form_no_matrix_of_the_masked() -> None:
     assert max(sizes) <= 400
 
 
-def test_fixed_masks_are_the_same_at_every_step() -> None:
-    theta = torch.ones(5, dtype=torch.float64)
-    values = [one.value(theta) for one in islice(repeat(loss(cohort(), drawn(cohort(), 2))), 3)]
-    assert len(set(map(float, values))) == 1
+def test_descent_to_where_the_loss_is_no_number_is_a_lost_round_though_theta_is_finite() -> None:
+    objective = loss(cohort(), drawn(cohort(), 2))
+    with pytest.raises(LostRound, match="diverged"):
+        descend(repeat(objective), centre(cohort()), steps=2, learning_rate=1e160, momentum=0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from toys import global_model, updates
 
 from aggregators.core.exchange import LostRound
-from aggregators.core.posterior import Block, flat, spans
+from aggregators.core.posterior import Block, Prior, flat, spans
 from aggregators.core.registry import parse
 from aggregators.core.update import ClientUpdate, GlobalModel
 from aggregators.weight_average.fisher import Fisher
@@ -247,3 +248,12 @@ def test_every_kind_of_tensor_is_merged_by_its_fisher() -> None:
     )
     shapes = {name: start.params[name].shape for name in start.names}
     torch.testing.assert_close(flat(theta, shapes), flat(fisher, shapes), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("resample", [True, False])
+def test_masks_are_drawn_anew_in_every_step_only_if_asked(resample: bool) -> None:
+    method = SSF(solver="sgd", resample=resample, masks=3, mask_size=2)
+    cohort = Block(*(torch.ones(2, 6, *rest, dtype=torch.float64) for rest in ((), (), (1,))))
+    prior = Prior(lambda span: torch.zeros(span.stop - span.start), 1.0)
+    losses = islice(method._losses(0, cohort, torch.zeros(6, dtype=torch.float64), prior), 4)
+    assert len({str(loss.masks) for loss in losses}) == (4 if resample else 1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -136,3 +139,15 @@ def test_like_names_what_is_missing_or_extra(drawn: list[dict[str, Tensor]]) -> 
         like(model, drawn[0])
     with pytest.raises(ValueError, match=r"\['zz'\]"):
         like(drawn[0], model)
+
+
+def test_the_kernel_leaves_torch_as_many_threads_as_it_had() -> None:
+    script = (
+        "import torch; from aggregators.core.tensors import SMALLEST, add_scaled_, zeros\n"
+        "total = zeros(torch.Size([SMALLEST]), torch.device('cpu'))\n"
+        "add_scaled_(total, 2.0, torch.ones(SMALLEST))\n"
+        "print(torch.get_num_threads(), float(total.sum()) / SMALLEST)"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "2.0"]

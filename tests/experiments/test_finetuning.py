@@ -8,12 +8,14 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from aggregators.core.registry import parse
 from aggregators.core.update import Gradients
 from client.statistics.gradients import gradients
 from client.task import Examples, Node, Task, load
 from client.training import Training
 from experiments import cache, finetuning
-from experiments.finetuning import Finetuned, accuracy, correct, digest, initial, merged, merged_from, traffic
+from experiments.finetuning import Finetuned, accuracy, correct, digest, initial, merged, merged_from
+from experiments.merging import traffic
 
 TRAINING = Training(epochs=2, batch_size=4)
 
@@ -110,7 +112,7 @@ def test_bytes_are_two_models_and_what_is_asked_for(start: Finetuned) -> None:
     size = 4 * sum(value.numel() for value in start.params.values())
     fisher = {"kind": "wise_ft", "inner": "fedavg", "weighting": "fisher"}  # trains, then measures at the anchor
     copies = [({"kind": "fedavg"}, 2), ({"kind": "fisher"}, 3), (fisher, 5)]
-    assert [traffic(config, start.params) for config, _ in copies] == [size * number for _, number in copies]
+    assert [traffic(parse(config), start.params) for config, _ in copies] == [size * number for _, number in copies]
 
 
 def test_an_ensemble_labels_by_its_mean_probability() -> None:
