@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ QUIET = {  # only loopback is contacted
     "HF_HUB_OFFLINE": "1",
 }
 NAME = "fedbasin-local"  # of the SuperLink in Flower's configuration
+MARK = "FEDBASIN_STARTED_BY"  # in the environment of every process, which those that it starts inherit
 BIN = Path(sys.executable).parent
 START_SECONDS = 60.0  # for a process to listen
 STOP_SECONDS = 10.0  # for a process to end after SIGTERM
@@ -50,6 +52,7 @@ class LocalFederation:
     nodes: Sequence[Mapping[str, Any]]
     environment: Mapping[str, str] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[bytes]] = field(init=False, default_factory=dict)
+    mark: str = field(init=False, default_factory=lambda: uuid.uuid4().hex)
 
     def __enter__(self) -> LocalFederation:
         self.folder = self.folder.resolve()
@@ -89,9 +92,9 @@ class LocalFederation:
 
     def kill_node(self, number: int) -> None:
         """Kills SuperNode `number` and its children at once, as a power cut would."""
-        process = self.processes.pop(f"supernode-{number}")
-        _kill(_family(process))
-        process.wait()
+        name = f"supernode-{number}"
+        kill_marked(self._mark(name))
+        self.processes.pop(name).wait()
 
     def run(self, app: Path, config: Mapping[str, Any], timeout: float = 600) -> dict[str, Any]:
         """Runs the app in folder `app` to its end; what `flwr ls` then says of the run.
@@ -141,14 +144,12 @@ class LocalFederation:
 
     def stop(self) -> None:
         """Ends every process started here and what they started, the nodes first, each by its own id."""
-        ended = [_family(process) for process in reversed(self.processes.values())]
         for process in reversed(self.processes.values()):
             process.terminate()
         for process in self.processes.values():
             with suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_SECONDS)
-        for family in ended:
-            _kill(family)
+        kill_marked(self.mark)
         for process in self.processes.values():
             process.wait()
 
@@ -167,7 +168,11 @@ class LocalFederation:
     def _environment(self, name: str) -> dict[str, str]:
         path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])
         share = {"OMP_NUM_THREADS": "1"} if name.startswith("supernode") else {}  # nodes share this machine's cores
-        return {**os.environ, "PATH": path, **QUIET, "FLWR_HOME": str(self._home(name)), **share, **self.environment}
+        own = {"PATH": path, "FLWR_HOME": str(self._home(name)), MARK: self._mark(name)}
+        return {**os.environ, **QUIET, **share, **own, **self.environment}
+
+    def _mark(self, name: str) -> str:
+        return f"{self.mark} {name};"
 
     def _home(self, name: str) -> Path:
         home = self.folder / "flower" / name
@@ -186,19 +191,24 @@ class LocalFederation:
         raise RuntimeError(f"{name} does not listen on port {port}: see {self.folder / name}.log")
 
 
-def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The process and all that it has started, in whatever session: a SuperLink detaches its executor."""
-    with suppress(psutil.NoSuchProcess):
-        root = psutil.Process(process.pid)
-        return [root, *root.children(recursive=True)]
-    return []
+def kill_marked(mark: str) -> None:
+    """Kills the processes whose mark begins so, in whatever session they are, and those they start meanwhile."""
+    end = time.monotonic() + STOP_SECONDS
+    while (marked := _marked(mark)) and time.monotonic() < end:
+        for process in marked:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(marked, timeout=1)
 
 
-def _kill(family: Sequence[psutil.Process]) -> None:
-    for process in family:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(family, timeout=STOP_SECONDS)
+def _marked(mark: str) -> list[psutil.Process]:
+    """What runs with this mark in its environment; a zombie has none left."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK, "").startswith(mark):
+                found.append(process)
+    return found
 
 
 def _overrides(config: Mapping[str, Any]) -> str:
