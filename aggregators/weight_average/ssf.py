@@ -42,7 +42,8 @@ class SSF(CohortAggregator):
     λ is `damping` · mean of Σ diag Λ_k, or `alpha`; c the prior's centre: the weighted mean, θ_t (`bayes`, the prior
     that all posteriors share and the product counts once), one client (`target`) or 0 (`zero`, as `bayes`).
     `temper` γ scales variances as Fisher's does and keeps correlations. With the estimator `exact` Σg is 0, a score's
-    mean, and `rank_one` is Fisher merging: `sampled` and `logit` (the paper's) are not.
+    mean, and `rank_one` is Fisher merging. The paper's `logit` gradients are no scores: their sum is large, and goes
+    with `paper`, which gives it little weight, not with `rank_one`.
 
     `closed_form` solves this exactly, in O(D (K r)²) time and O(Kr) a coordinate of a block; `sgd` and `cg` minimise
     the paper's masked loss instead, in O(D r) a step and mask, whose limit is the closed form if `mask_size` is
