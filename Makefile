@@ -12,6 +12,10 @@ $(VENV)/ready: requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
+$(VENV)/experiments: requirements-experiments.lock $(VENV)/ready
+	$(BIN)/pip install --quiet --requirement requirements-experiments.lock
+	touch $@
+
 demo: $(VENV)/ready        ## a federation of real processes over gRPC: a table, a plot, and its records in runs/
 	$(BIN)/python -m deploy.demo
 
@@ -21,7 +25,7 @@ test: $(VENV)/ready        ## quick tests, under 5 minutes
 test-slow: $(VENV)/ready   ## federations of real processes, and Flower's simulation
 	$(BIN)/python -m pytest -m slow
 
-test-papers: $(VENV)/ready ## the experiments' quick runs, with their gates; needs `make data`
+test-papers: $(VENV)/experiments data ## the experiments' quick runs, with their gates
 	$(BIN)/python -m pytest -m paper
 
 lint: $(VENV)/ready

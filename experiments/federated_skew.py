@@ -103,7 +103,7 @@ FULL = Plan(
 )
 QUICK = Plan(
     task={"kind": "digits", "validation": 0.0},
-    skews={name: SKEWS[name] for name in ("Dirichlet 0.1", "IID")},
+    skews={"Dirichlet 0.1": SKEWS["Dirichlet 0.1"]},
     rounds=3,
     alone=20,
     between=5,
@@ -126,7 +126,7 @@ def methods(grads: int) -> dict[str, Method]:
 
 
 def run(quick: bool, seeds: int) -> Report:
-    """All federations; a quick run takes the small digits, fewer rounds and two skews."""
+    """All federations; a quick run takes the small digits, fewer rounds and one skew."""
     plan = QUICK if quick else FULL
     courses: dict[Case, list[Course]] = {case: [] for case in cases(plan)}
     for case, seed in track([*product(courses, range(seeds))], "federating"):
@@ -246,7 +246,7 @@ def plot(courses: Courses, figure: Figure) -> None:
     rounds = max(case.rounds for case in courses)
     skews = list(dict.fromkeys(case.skew for case in courses))
     figure.set_size_inches(4 * len(skews), 7)
-    panels = figure.subplots(2, len(skews), sharey="col")
+    panels = figure.subplots(2, len(skews), sharey="col", squeeze=False)
     for skew, (over_rounds, over_bytes) in zip(skews, panels.T, strict=True):
         for case, found in courses.items():
             if case[:2] == (rounds, skew):
