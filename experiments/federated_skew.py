@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, final
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from rich.progress import track
 from torch import nn
 
@@ -253,6 +254,9 @@ def plot(courses: Courses, figure: Figure) -> None:
                 _lines(over_rounds, over_bytes, case.method, found)
         over_rounds.set(title=skew, xlabel="round", ylabel="accuracy")
         over_bytes.set(xlabel="MB, all clients", ylabel="accuracy", xscale="log")
+        over_bytes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        over_bytes.xaxis.set_major_formatter("{x:g}")
+        over_bytes.xaxis.set_minor_locator(NullLocator())
     panels[0][0].legend(fontsize="x-small")
 
 
