@@ -42,6 +42,7 @@ CONFIG = {
 def main() -> int:
     """0 when every method's run has finished and left its records; what it wrote is printed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background jobs ignore
     console, start = console_for_output(), time.monotonic()
     nodes = [{"partition-id": k, "num-partitions": CLIENTS, "name": f"site-{k}"} for k in range(CLIENTS)]
     with tempfile.TemporaryDirectory(prefix="fedbasin-") as logs:
