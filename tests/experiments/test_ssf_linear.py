@@ -70,7 +70,7 @@ def test_all_points_together_are_one_client() -> None:
     torch.testing.assert_close(pooled(halves), client.posterior().mean)
 
 
-@pytest.mark.slow
+@pytest.mark.paper
 def test_the_quick_run_passes_its_gates(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "experiments.ssf_linear", "--quick", "--folder", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
