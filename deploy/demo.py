@@ -1,4 +1,4 @@
-"""`make demo`: one SuperLink and four SuperNodes on loopback, non-IID digits, four methods, one table, one plot."""
+"""`make demo`: one SuperLink and four SuperNodes on loopback, non-IID digits, three methods, one table, one plot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ APP = Path(__file__).resolve().parent.parent
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "FedAvg": {"kind": "fedavg"},
     "Fisher": {"kind": "fisher"},
-    "tempered Fisher": {"kind": "fisher", "temper": 0.5},
     "SSF": {"kind": "ssf"},
 }
 CLIENTS = 4
