@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from aggregators.core.base import Aggregator
 from aggregators.core.exchange import Exchange, Question, Round, collect
 from aggregators.core.registry import AnyAggregator
+from aggregators.core.symmetry import Symmetry
 from aggregators.core.update import ClientUpdate, GlobalModel, Gradients, Merged, Moments, Probe, Request, Tensors
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "float64", "mixed"]
@@ -49,6 +50,19 @@ class Net(nn.Module):
         self.register_buffer("mask", torch.tensor([True, False]))
 
 
+SYMMETRY = Symmetry(  # of the first layer's units, which the tied weights map on themselves
+    {
+        "first.weight": ("first", None),
+        "first.bias": ("first",),
+        **{f"norm.{name}": ("first",) for name in ("weight", "bias", "running_mean", "running_var")},
+        "second.weight": ("first", "first"),
+        "second.bias": ("first",),
+        "again.bias": ("first",),
+        "last.weight": (None, "first"),
+    }
+)
+
+
 def net(precision: Precision = "float32", seed: int = 0) -> nn.Module:
     """The toy network, newly initialised; `mixed` holds layers of three dtypes."""
     with torch.random.fork_rng():
@@ -70,6 +84,7 @@ def global_model(precision: Precision = "float32", seed: int = 0) -> GlobalModel
         params=away(state, torch.Generator().manual_seed(seed), 0.5),
         trainable=frozenset(name for name, _ in module.named_parameters(remove_duplicate=False)),
         probe=Probe(loss=_squared, score=lambda params: -_squared(params)),
+        symmetry=SYMMETRY,
     )
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, TypeAlias, Union, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, Union, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .symmetry import Symmetry
 
 Tensors: TypeAlias = Mapping[str, Tensor]  # read-only by convention
 Memory: TypeAlias = Mapping[str, Union[Tensor, int, float, "Memory"]]
@@ -137,6 +140,7 @@ class GlobalModel:
     round: int = 0
     memory: Memory = field(default_factory=dict)
     probe: Probe | None = None
+    symmetry: Symmetry | None = None  # for methods that need it
 
     @property
     def names(self) -> list[str]:
