@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import prod
+from operator import mul
 from typing import Literal
 
 
@@ -50,7 +51,7 @@ def fixed(size: int) -> Part:
 
 def product(parts: Iterable[Part]) -> Part:
     """The row-major product of parts."""
-    factors = [factor for part in parts for factor in _factors(part) if factor.size != 1]
+    factors = _factors(parts)
     if len(factors) < 2:
         return factors[0] if factors else fixed(1)
     return Part(prod(factor.size for factor in factors), "product", factors)
@@ -58,21 +59,21 @@ def product(parts: Iterable[Part]) -> Part:
 
 def concat(parts: Iterable[Part]) -> Part:
     """The parts one after the other."""
-    pieces = [piece for part in parts for piece in _pieces(part) if piece.size]
+    pieces = _pieces(parts)
     if len(pieces) < 2:
         return pieces[0] if pieces else fixed(0)
     return Part(sum(piece.size for piece in pieces), "concat", pieces)
 
 
-def fix(part: Part) -> None:
-    """Keeps all of the part in place."""
-    for leaf in part.leaves():
+def fix(*parts: Part) -> None:
+    """Keeps all of the parts in place."""
+    for leaf in _leaves(parts):
         leaf.kind = "fixed"
 
 
-def unscale(part: Part) -> None:
-    """Allows the part no scaling."""
-    for leaf in part.leaves():
+def unscale(*parts: Part) -> None:
+    """Allows the parts no scaling."""
+    for leaf in _leaves(parts):
         leaf.scalable = False
 
 
@@ -84,24 +85,26 @@ def unify(a: Part, b: Part) -> None:
     if a.size != b.size:
         raise ValueError(f"axes of {a.size} and {b.size} cannot move together")
     if "fixed" in (a.kind, b.kind):
-        fix(a), fix(b)
+        fix(a, b)
     elif a.kind == "free":
         _become(a, b)
     elif b.kind == "free":
         _become(b, a)
-    elif not _unify_structures(a, b):
-        fix(a), fix(b)
+    elif a.kind == b.kind == "concat":
+        _unify_concats(a, b)
+    else:
+        _unify_products(a, b)
 
 
 def regroup(parts: Sequence[Part], sizes: Sequence[int]) -> list[Part]:
     """Axes of these sizes with the entries of `parts` in the same row-major order, as a reshape makes them."""
-    factors, axes = [factor for part in parts for factor in _factors(part) if factor.size != 1], []
+    axes: list[Part] = []
+    rest = [*parts]
     for size in sizes:
-        taken: list[Part] = []
-        while (missing := size // prod(part.size for part in taken)) > 1:
-            if not factors or not _fits(factors, missing):
-                return _all_fixed(parts, sizes)
-            taken.append(factors.pop(0))
+        taken = _take(rest, size) if all(sizes) else None
+        if taken is None:
+            fix(*parts)
+            return [fixed(length) for length in sizes]
         axes.append(product(taken))
     return axes
 
@@ -109,16 +112,21 @@ def regroup(parts: Sequence[Part], sizes: Sequence[int]) -> list[Part]:
 def cut(part: Part, sizes: Sequence[int]) -> list[Part]:
     """Consecutive parts of these sizes, which must add up to the whole."""
     part = part.root()
-    if len(sizes) == 1:
-        return [part]
+    if 0 in sizes:
+        some = iter(cut(part, [size for size in sizes if size]))
+        return [next(some) if size else fixed(0) for size in sizes]
+    if len(sizes) < 2:
+        return [part] * len(sizes)
     if part.kind == "free":
-        _become(part, Part(part.size, "concat", [Part(size, scalable=part.scalable) for size in sizes]))
-    elif part.kind == "product" and not _cut_product(part, sizes):
-        fix(part)
-        return [fixed(size) for size in sizes]
-    if (part := part.root()).kind == "fixed":
-        return [fixed(size) for size in sizes]
-    return _cut_concat(part, sizes)
+        _become(part, Part(part.size, "concat", [Part(size) for size in sizes]))
+    elif part.kind == "product":
+        _open(part, sizes)
+    part = part.root()
+    return [fixed(size) for size in sizes] if part.kind != "concat" else _cut_concat(part, sizes)
+
+
+def _leaves(parts: Iterable[Part]) -> list[Part]:
+    return [leaf for part in parts for leaf in part.leaves()]
 
 
 def _become(free: Part, other: Part) -> None:
@@ -127,107 +135,114 @@ def _become(free: Part, other: Part) -> None:
     free.same = other
 
 
-def _factors(part: Part) -> Sequence[Part]:
-    root = part.root()
-    return [factor for one in root.parts for factor in _factors(one)] if root.kind == "product" else [root]
+def _factors(parts: Iterable[Part]) -> list[Part]:
+    """Of a product of parts, the factors that are no products, without those of one entry."""
+    roots = [part.root() for part in parts]
+    nested = [_factors(root.parts) if root.kind == "product" else [root] for root in roots if root.size != 1]
+    return [factor for factors in nested for factor in factors]
 
 
-def _pieces(part: Part) -> Sequence[Part]:
-    root = part.root()
-    return [piece for one in root.parts for piece in _pieces(one)] if root.kind == "concat" else [root]
+def _pieces(parts: Iterable[Part]) -> list[Part]:
+    """Of a concatenation of parts, the pieces that are no concatenations, without empty ones."""
+    roots = [part.root() for part in parts]
+    nested = [_pieces(root.parts) if root.kind == "concat" else [root] for root in roots if root.size]
+    return [piece for pieces in nested for piece in pieces]
 
 
-def _fits(factors: list[Part], missing: int) -> bool:
-    """Whether the first factor can be taken whole, after being split in two if it is too large."""
-    first = factors[0]
-    if missing % first.size == 0:
-        return True
-    if first.size % missing:
-        return False
-    factors[:1] = _split(first, missing)
-    return factors[0].size == missing
+def _take(rest: list[Part], size: int) -> list[Part] | None:
+    """Moves factors that make up `size` from the front of `rest`; None where its factors do not allow that."""
+    taken: list[Part] = []
+    while size > 1:
+        rest[:] = _factors(rest)  # afresh: a part that is split may occur again
+        if size % rest[0].size == 0:
+            taken.append(rest.pop(0))
+        elif rest[0].size % size == 0 and _split(rest[0], size):
+            continue
+        else:
+            return None
+        size //= taken[-1].size
+    return taken
 
 
-def _split(part: Part, outer: int) -> Sequence[Part]:
-    """A part as (outer, the rest); itself if it cannot be split so."""
+def _split(part: Part, outer: int) -> bool:
+    """Makes a part the product of `outer` and the rest, if it can be."""
     inner = part.size // outer
-    if part.kind == "concat":
-        pieces = cut(part, [inner] * outer)
-        if any(piece.root().kind == "concat" for piece in pieces):
-            fix(part)
-            return fixed(outer), fixed(inner)
-        for piece in pieces[1:]:
-            unify(pieces[0], piece)
-        both = fixed(outer), pieces[0].root()
+    if part.kind == "fixed":
+        factors = [fixed(outer), fixed(inner)]
+    elif part.kind == "free":
+        factors = [Part(outer, scalable=part.scalable), Part(inner, scalable=part.scalable)]
     else:
-        both = Part(outer, part.kind, scalable=part.scalable), Part(inner, part.kind, scalable=part.scalable)
-    part.same = Part(part.size, "product", both)
-    return both
-
-
-def _unify_structures(a: Part, b: Part) -> bool:
-    """Whether both could be made alike."""
-    if a.kind == b.kind == "concat":
-        return _unify_concats(a, b)
-    sizes = _common(a, b)
-    if sizes is None:
+        factors = [fixed(outer), _alike(cut(part, [inner] * outer))]
+    if factors[1].kind == "concat":
         return False
-    for one, other in zip(regroup([a], sizes), regroup([b], sizes), strict=True):
-        unify(one, other)
+    part.same = Part(part.size, "product", factors)
     return True
 
 
-def _common(a: Part, b: Part) -> list[int] | None:
-    """Sizes of factors into which both can be split; None where there are none."""
-    inner = [{*accumulate((factor.size for factor in reversed(_factors(part))), int.__mul__)} for part in (a, b)]
-    ends = sorted(inner[0] | inner[1])
-    if any(later % earlier for earlier, later in zip(ends, ends[1:], strict=False)):
-        return None
-    return [later // earlier for earlier, later in zip([1, *ends], ends, strict=False)][::-1]
+def _alike(pieces: Sequence[Part]) -> Part:
+    """The one part that all of these become."""
+    for piece in pieces[1:]:
+        unify(pieces[0], piece)
+    return pieces[0].root()
 
 
-def _unify_concats(a: Part, b: Part) -> bool:
-    ends = sorted({end for part in (a, b) for end in accumulate(piece.size for piece in _pieces(part))})
-    sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    for one, other in zip(cut(a, sizes), cut(b, sizes), strict=True):
+def _unify_products(a: Part, b: Part) -> None:
+    """Splits both, of which one is a product, into the same factors; both stay where there are none."""
+    inner = {size for part in (a, b) for size in accumulate((f.size for f in reversed(_factors([part]))), mul)}
+    ends = [1, *sorted(inner)]
+    sizes = [end // before for before, end in pairwise(ends)][::-1]
+    if any(end % before for before, end in pairwise(ends)):
+        fix(a, b)
+    else:
+        _unify_all(regroup([a], sizes), regroup([b], sizes))
+
+
+def _unify_concats(a: Part, b: Part) -> None:
+    """Cuts both where either is cut."""
+    sizes = _between({*_ends(a), *_ends(b)})
+    _unify_all(cut(a, sizes), cut(b, sizes))
+
+
+def _unify_all(some: Sequence[Part], others: Sequence[Part]) -> None:
+    for one, other in zip(some, others, strict=True):
         unify(one, other)
-    return True
+
+
+def _open(part: Part, sizes: Sequence[int]) -> None:
+    """Makes a product a concatenation, cut through its first factor; it stays in place if the borders lie within."""
+    outer, *rest = _factors([part])
+    inner = prod(factor.size for factor in rest)
+    if any(size % inner for size in sizes):
+        fix(part)
+    else:
+        pieces = cut(outer, [size // inner for size in sizes])
+        part.same = concat([product([piece, *rest]) for piece in pieces])
 
 
 def _cut_concat(part: Part, sizes: Sequence[int]) -> list[Part]:
     """Cuts through the pieces where the borders fall."""
-    ends = sorted({*accumulate(sizes), *accumulate(piece.size for piece in _pieces(part))})
+    borders = {*accumulate(sizes), *_ends(part)}
     pieces: list[Part] = []
     start = 0
-    for piece in _pieces(part):
-        inside = [end for end in ends if start < end <= start + piece.size]
-        pieces += cut(piece, [end - begin for begin, end in zip([start, *inside], inside, strict=False)])
+    for piece in _pieces([part]):
+        inside = {end - start for end in borders if start < end <= start + piece.size}
+        pieces += cut(piece, _between(inside))
         start += piece.size
-    return _gathered(pieces, sizes)
+    return [concat(_first(pieces, size)) for size in sizes]
 
 
-def _gathered(pieces: Sequence[Part], sizes: Sequence[int]) -> list[Part]:
-    rest, whole = [*pieces], []
-    for size in sizes:
-        taken: list[Part] = []
-        while sum(piece.size for piece in taken) < size:
-            taken.append(rest.pop(0))
-        whole.append(concat(taken))
-    return whole
+def _first(pieces: list[Part], size: int) -> Iterator[Part]:
+    """Takes pieces of this size from the front."""
+    while size:
+        piece = pieces.pop(0)
+        size -= piece.size
+        yield piece
 
 
-def _cut_product(part: Part, sizes: Sequence[int]) -> bool:
-    """Makes a product a concatenation along its first factor, which then stays in place, if the borders allow it."""
-    outer, *rest = _factors(part)
-    inner = prod(factor.size for factor in rest)
-    if any(size % inner for size in sizes):
-        return False
-    fix(outer)
-    part.same = Part(part.size, "concat", [product(rest) for _ in range(outer.size)])
-    return True
+def _ends(part: Part) -> Iterator[int]:
+    return accumulate(piece.size for piece in _pieces([part]))
 
 
-def _all_fixed(parts: Sequence[Part], sizes: Sequence[int]) -> list[Part]:
-    for part in parts:
-        fix(part)
-    return [fixed(size) for size in sizes]
+def _between(ends: Iterable[int]) -> list[int]:
+    """Sizes of the pieces that end there, the first from 0 on."""
+    return [end - start for start, end in pairwise([0, *sorted(ends)])]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
-from typing import NamedTuple, TypeAlias, Union
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,12 +26,11 @@ class Concat(NamedTuple):
     parts: tuple[Layout, ...]
 
 
-Layout: TypeAlias = Union[
-    str, int, Product, Concat
-]  # a group; so many entries that stay in place; what is made of them
+Layout: TypeAlias = str | int | Product | Concat  # a group; so many entries that stay; what is made of them
 Axes: TypeAlias = tuple[Layout | None, ...]  # of a tensor; None is an axis that stays as it is
 Permutation: TypeAlias = Mapping[str, Tensor]  # group -> index: unit i of the result is unit index[i]
 Sizes: TypeAlias = Mapping[str, int]  # group -> units
+Powers: TypeAlias = list[tuple[Layout | None, int]]  # of each axis the layout, and the power of its units' scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,91 +61,127 @@ class Symmetry:
                     found[group].append((name, axis))
         return found
 
+    @cached_property
+    def signs(self) -> dict[tuple[str, int], int]:
+        """Of each (tensor, axis) whose units can be scaled whether it brings them forth, 1, or reads them, -1."""
+        return {place: sign for roles in self.scaled.values() for place, sign in roles.items()}
+
     def sizes(self, params: Tensors) -> dict[str, int]:
-        """How many units each group has in a model of these tensors; ValueError where tensors contradict one another."""
+        """How many units each group has in a model of these tensors; ValueError where they contradict one another."""
         found: dict[str, int] = {}
-        for hint in (None, *self.groups):
-            if hint is not None and hint not in found and hint in self.hints:
-                found[hint] = self.hints[hint]
-            elif hint is not None:
-                continue
-            known = -1
-            while len(found) > known:
-                known = len(found)
-                for name, axes in self.axes.items():
-                    if name in params:
-                        _measure(name, axes, params[name], found)
+        self._measure(params, found)
+        for group in self.groups:
+            if group not in found and group in self.hints:
+                found[group] = self.hints[group]
+                self._measure(params, found)
         return found
 
-    def within(self, names: Iterable[str]) -> Symmetry:
-        """The groups that move nothing but tensors of these names."""
-        known = {*names}
-        kept = {group for group, members in self.members.items() if all(name in known for name, _ in members)}
-        axes = {
-            name: tuple(_kept(layout, kept, self.hints) for layout in layouts) for name, layouts in self.axes.items()
-        }
+    def _measure(self, params: Tensors, found: dict[str, int]) -> None:
+        """Adds the sizes that follow from those found so far."""
+        known = -1
+        while len(found) > known:
+            known = len(found)
+            for name in (name for name in self.axes if name in params):
+                _measure(name, self.axes[name], params[name], found)
+
+    def within(self, params: Tensors) -> Symmetry:
+        """The groups that move none but these tensors."""
+        sizes = {**self.hints, **self.sizes(params)}
+        kept = {group for group, members in self.members.items() if all(name in params for name, _ in members)}
+        axes = {name: tuple(_kept(layout, kept, sizes) for layout in layouts) for name, layouts in self.axes.items()}
         moving = {name: layouts for name, layouts in axes.items() if any(layout is not None for layout in layouts)}
         return Symmetry(moving, {group: roles for group, roles in self.scaled.items() if group in kept}, self.hints)
 
     def permute(self, params: Tensors, permutation: Permutation) -> dict[str, Tensor]:
         """The tensors with every group's units reordered; groups without an index stay."""
         sizes = self.sizes(params)
-        return {name: self._moved(value, self.axes.get(name, ()), permutation, sizes) for name, value in params.items()}
+        return {name: _permuted(value, self._powers(name), permutation, sizes) for name, value in params.items()}
 
-    def scale(self, params: Tensors, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors with each unit of these groups multiplied where it is brought forth, divided where it is read."""
-        sizes, scaled = self.sizes(params), dict(params)
-        for group, factor in factors.items():
-            for (name, axis), sign in self.scaled[group].items():
-                spread = entries(self.axes[name][axis], {group: factor}, sizes).to(scaled[name])
-                shape = [-1 if other == axis else 1 for other in range(scaled[name].ndim)]
-                scaled[name] = scaled[name] * spread.pow(sign).reshape(shape)
-        return scaled
+    def scale(self, params: Tensors, factors: Mapping[str, Tensor], power: int = 1) -> dict[str, Tensor]:
+        """The tensors with each unit of these groups multiplied where it is brought forth, divided where it is read.
+
+        Gradients by these tensors scale with `power` -1, their squares with -2.
+        """
+        self._refuse_unscalable(factors)
+        sizes = self.sizes(params)
+        return {name: _scaled(value, self._powers(name, power), factors, sizes) for name, value in params.items()}
 
     def permute_update(self, update: ClientUpdate, permutation: Permutation) -> ClientUpdate:
         """The update of the permuted network: parameters and every statistic alike."""
-        sizes = self.sizes(update.params)
+        sizes = {group: len(index) for group, index in permutation.items()} | self._sizes(update)
+        return self._changed(update, sizes, lambda value, axes: _permuted(value, axes, permutation, sizes))
 
-        def moved(values: Tensors, axes: Callable[[str], Axes]) -> dict[str, Tensor]:
-            return {name: self._moved(value, axes(name), permutation, sizes) for name, value in values.items()}
+    def scale_update(self, update: ClientUpdate, factors: Mapping[str, Tensor]) -> ClientUpdate:
+        """The update of the network whose units are scaled: parameters and every statistic alike."""
+        self._refuse_unscalable(factors)
+        sizes = {group: len(factor) for group, factor in factors.items()} | self._sizes(update)
+        return self._changed(update, sizes, lambda value, axes: _scaled(value, axes, factors, sizes))
 
-        def own(name: str) -> Axes:
-            return self.axes.get(name, ())
+    def _refuse_unscalable(self, factors: Mapping[str, Tensor]) -> None:
+        for group in factors.keys() - self.scaled.keys():
+            raise ValueError(f"symmetry: the units of {group!r} cannot be scaled")
 
-        moments = {
-            layer: Moments(num, *moved({"mean": mean, "m2": m2}, lambda _, layer=layer: self._outputs(layer)).values())
-            for layer, (num, mean, m2) in update.moments.items()
-        }
+    def _sizes(self, update: ClientUpdate) -> dict[str, int]:
+        return self.sizes({**update.sq_grad_sum, **update.grad_sum, **update.params})
+
+    def _changed(self, update: ClientUpdate, sizes: Sizes, change: Callable[[Tensor, Powers], Tensor]) -> ClientUpdate:
+        """The update with each tensor changed, which goes by what its axes are made of."""
+
+        def each(values: Tensors, axes: Callable[[str], Powers]) -> dict[str, Tensor]:
+            return {name: change(value, axes(name)) for name, value in values.items()}
+
+        means = each({layer: one.mean for layer, one in update.moments.items()}, self._outputs)
+        squares = each({layer: one.m2 for layer, one in update.moments.items()}, partial(self._outputs, power=2))
+        lengths = {layer: len(matrix) - 1 for layer, matrix in update.gram.items()}
         return replace(
             update,
-            params=moved(update.params, own),
-            grad_sum=moved(update.grad_sum, own),
-            sq_grad_sum=moved(update.sq_grad_sum, own),
-            grad_sketch=moved(update.grad_sketch, lambda name: (None, *own(name))),
-            gram=moved(update.gram, lambda layer: 2 * self._inputs(layer, update.params)),
-            grad_gram=moved(update.grad_gram, lambda layer: 2 * self._outputs(layer)),
-            moments=moments,
-            cross_moments=moved(update.cross_moments, self._outputs),
+            params=each(update.params, self._powers),
+            grad_sum=each(update.grad_sum, partial(self._powers, power=-1)),
+            sq_grad_sum=each(update.sq_grad_sum, partial(self._powers, power=-2)),
+            grad_sketch=each(update.grad_sketch, lambda name: [(None, 0), *self._powers(name, -1)]),
+            gram=each(update.gram, lambda layer: 2 * self._inputs(layer, lengths[layer], sizes)),
+            grad_gram=each(update.grad_gram, lambda layer: 2 * self._outputs(layer, -1)),
+            moments={layer: Moments(one.num, means[layer], squares[layer]) for layer, one in update.moments.items()},
+            cross_moments=each(update.cross_moments, partial(self._outputs, power=0)),  # correlations
         )
 
-    def _moved(self, value: Tensor, axes: Axes, permutation: Permutation, sizes: Sizes) -> Tensor:
-        for axis, layout in enumerate(axes):
-            if layout is not None and any(group in permutation for group in groups(layout)):
-                value = value.index_select(axis, index(layout, permutation, sizes).to(value.device))
-        return value
+    def _powers(self, name: str, power: int = 1) -> Powers:
+        """The axes of a tensor that scales like a parameter to this power."""
+        layouts = enumerate(self.axes.get(name, ()))
+        return [(layout, power * self.signs.get((name, axis), 0)) for axis, layout in layouts]
 
-    def _outputs(self, layer: str) -> Axes:
-        """The axis of what the layer puts out."""
-        return self.axes.get(f"{layer}.weight".removeprefix("."), ())[:1]
+    def _outputs(self, layer: str, power: int = 1) -> Powers:
+        """The axis of what the layer puts out, or of what a batch norm takes in."""
+        named = (f"{layer}.{part}".removeprefix(".") for part in ("weight", "running_mean"))
+        return [(self.axes[name][0], power) for name in named if name in self.axes][:1]
 
-    def _inputs(self, layer: str, params: Tensors) -> Axes:
-        """The axis of [x, 1] that enters the layer: channels × kernel, then the constant."""
-        name = f"{layer}.weight".removeprefix(".")
-        axes = self.axes.get(name, ())
-        if len(axes) < 2 or axes[1] is None:
-            return ()
-        kernel = prod(params[name].shape[2:])
-        return (Concat((axes[1] if kernel == 1 else Product((axes[1], kernel)), 1)),)
+    def _inputs(self, layer: str, length: int, sizes: Sizes) -> Powers:
+        """The axis of [x, 1] that enters the layer: channels × kernel, of this length, then the constant."""
+        channels = dict(enumerate(self.axes.get(f"{layer}.weight".removeprefix("."), ()))).get(1)
+        if channels is None:
+            return [(None, 0)]
+        kernel = length // size(channels, sizes)
+        return [(Concat((channels if kernel == 1 else Product((channels, kernel)), 1)), 1)]
+
+
+def _permuted(value: Tensor, axes: Powers, permutation: Permutation, sizes: Sizes) -> Tensor:
+    for axis, (layout, _) in enumerate(axes):
+        if layout is not None and any(group in permutation for group in groups(layout)):
+            value = value.index_select(axis, index(layout, permutation, sizes).to(value.device))
+    return value
+
+
+def _scaled(value: Tensor, axes: Powers, factors: Mapping[str, Tensor], sizes: Sizes) -> Tensor:
+    for axis, (layout, power) in enumerate(axes):
+        if power and any(group in factors for group in groups(layout)):
+            value = _stretched(value, axis, entries(layout, factors, sizes).pow(power))
+    return value
+
+
+def _stretched(value: Tensor, axis: int, factors: Tensor) -> Tensor:
+    """The tensor times a factor per entry of an axis."""
+    shape = [-1 if other == axis else 1 for other in range(value.ndim)]
+    return (value * factors.to(value.device).reshape(shape)).to(value.dtype)
 
 
 def _kept(layout: Layout | None, kept: Container[str], sizes: Sizes) -> Layout | None:
@@ -168,10 +203,12 @@ def groups(layout: Layout | None) -> Iterator[str]:
 
 
 def size(layout: Layout, sizes: Sizes) -> int:
-    """How many entries an axis of this layout has; KeyError for a group without a size."""
+    """How many entries an axis of this layout has; ValueError for a group of which no tensor tells the size."""
     if isinstance(layout, int):
         return layout
     if isinstance(layout, str):
+        if layout not in sizes:
+            raise ValueError(f"symmetry: no tensor tells how many units {layout!r} has: name them in `hints`")
         return sizes[layout]
     parts = [size(part, sizes) for part in layout.parts]
     return prod(parts) if isinstance(layout, Product) else sum(parts)
@@ -182,29 +219,27 @@ def index(layout: Layout, permutation: Permutation, sizes: Sizes) -> Tensor:
     if isinstance(layout, int) or (isinstance(layout, str) and layout not in permutation):
         return torch.arange(size(layout, sizes))
     if isinstance(layout, str):
+        if len(permutation[layout]) != size(layout, sizes):
+            raise ValueError(f"symmetry: {len(permutation[layout])} places for the {sizes[layout]} units of {layout!r}")
         return permutation[layout].cpu()
-    parts = [index(part, permutation, sizes) for part in layout.parts]
-    whole = parts[0]
-    for part, inner in zip(layout.parts[1:], parts[1:], strict=True):
+    whole, *parts = (index(part, permutation, sizes) for part in layout.parts)
+    for part in parts:
         if isinstance(layout, Product):
-            whole = (whole[:, None] * size(part, sizes) + inner).flatten()
+            whole = (whole[:, None] * len(part) + part).flatten()
         else:
-            whole = torch.cat([whole, inner + len(whole)])
+            whole = torch.cat([whole, part + len(whole)])
     return whole
 
 
 def entries(layout: Layout | None, values: Mapping[str, Tensor], sizes: Sizes) -> Tensor:
-    """A number for each entry of an axis from one per unit of its groups; 1 where it has none of these."""
+    """A number for each entry of an axis from one per unit of its groups, float64; 1 where it has none of these."""
     if isinstance(layout, str) and layout in values:
         return values[layout].double()
     if layout is None or isinstance(layout, str | int):
-        return torch.ones(size(layout, sizes) if layout is not None else 1, dtype=torch.float64)
-    parts = [entries(part, values, sizes) for part in layout.parts]
-    if isinstance(layout, Concat):
-        return torch.cat(parts)
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = (whole[:, None] * part).flatten()
+        return torch.ones(1 if layout is None else size(layout, sizes), dtype=torch.float64)
+    whole, *parts = (entries(part, values, sizes) for part in layout.parts)
+    for part in parts:
+        whole = torch.cat([whole, part]) if isinstance(layout, Concat) else torch.outer(whole, part).flatten()
     return whole
 
 
@@ -214,7 +249,7 @@ def rows(value: Tensor, layout: Layout, group: str, sizes: Sizes) -> Iterator[Te
         yield value.reshape(len(value), -1)
     elif isinstance(layout, Concat):
         lengths = [size(part, sizes) for part in layout.parts]
-        for part, piece in zip(layout.parts, value.split(lengths), strict=True):
+        for part, piece in zip(layout.parts, torch.split(value, lengths), strict=True):
             yield from rows(piece, part, group, sizes)
     elif isinstance(layout, Product):
         blocks = value.reshape(*(size(part, sizes) for part in layout.parts), -1)
@@ -241,9 +276,10 @@ def _solve(name: str, layout: Layout, length: int, found: Sizes) -> int:
     (unknown,) = {group for group in groups(layout) if group not in found}
     base = size(layout, {**found, unknown: 0})
     slope = size(layout, {**found, unknown: 1}) - base
-    if (length - base) % slope or length < base:
+    units = (length - base) // slope
+    if units < 0 or size(layout, {**found, unknown: units}) != length:
         raise ValueError(f"symmetry: {name} has an axis of {length}, which its blocks do not divide")
-    return (length - base) // slope
+    return units
 
 
 def inverse(permutation: Permutation) -> dict[str, Tensor]:
