@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-papers lint bench data clean
+.PHONY: demo demo-alignment test test-slow test-papers lint bench data clean
 
 $(VENV)/ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,9 @@ $(VENV)/experiments: requirements-experiments.lock $(VENV)/ready
 
 demo: $(VENV)/ready        ## a federation of real processes over gRPC: a table, a plot, and its records in runs/
 	$(BIN)/python -m deploy.demo
+
+demo-alignment: $(VENV)/ready ## the same, of clients whose networks start from different points
+	$(BIN)/python -m deploy.demo alignment
 
 test: $(VENV)/ready        ## quick tests, under 5 minutes
 	$(BIN)/python -m pytest

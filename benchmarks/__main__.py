@@ -5,12 +5,12 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from . import fold, memory, methods, posterior, rounds, statistics
+from . import alignment, fold, memory, methods, posterior, rounds, statistics
 
 console = Console(width=150)
 table = Table("work", "beside", "ratio", "asked", "met", "detail")
 met = True
-for benchmark in (fold, memory, statistics, posterior, methods, rounds):
+for benchmark in (fold, memory, statistics, posterior, alignment, methods, rounds):
     with console.status(benchmark.__name__):
         for row in benchmark.rows():
             console.print(f"{row.work} / {row.beside}: {row.ratio:.2f}", highlight=False)

@@ -19,7 +19,7 @@ from aggregators.core.update import ClientUpdate, Tensors
 from .statistics import measure
 from .task import Examples, Node, Task, is_private, load, parse, tensors
 from .training import Training, evaluate, train
-from .wire import Instructions, decode, encode, flat_record
+from .wire import Instructions, anchor, decode, encode, flat_record
 
 app = ClientApp()
 log = logging.getLogger("flwr.fedbasin")  # a child of Flower's: its format, its handlers
@@ -51,7 +51,7 @@ def respond(content: RecordDict, context: Context) -> RecordDict:
         num_examples=len(training),  # type: ignore[arg-type]
         params=tensors(model, task.private) if asked.exchange == "train" else {},
         metrics=metrics,
-        **_measured(task, model, training, asked, who),
+        **_measured(task, model, training, asked, who, compared=anchor(content)),
     )
     return encode(update)
 
@@ -75,11 +75,13 @@ def _train(task: Task, model: nn.Module, examples: Examples, asked: Instructions
     return train(task, model, examples, training, seed=seed, round=asked.round, frozen=asked.frozen)
 
 
-def _measured(task: Task, model: nn.Module, examples: Examples, asked: Instructions, who: str) -> dict[str, Any]:
+def _measured(
+    task: Task, model: nn.Module, examples: Examples, asked: Instructions, who: str, *, compared: Tensors | None
+) -> dict[str, Any]:
     if asked.exchange == "evaluate":
         return {}
     seed = derive_seed(asked.seed, asked.round, who, "statistics")
-    fields = measure(task, model, examples, asked.request, seed=seed)
+    fields = measure(task, model, examples, asked.request, seed=seed, anchor=compared)
     return {name: _public(task, value) if isinstance(value, dict) else value for name, value in fields.items()}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from aggregators.core.registry import as_mapping, external, unknown, validated
+from aggregators.core.symmetry import Symmetry
 
 from .tasks import SHIPPED
 
@@ -53,6 +54,18 @@ class Task(BaseModel, ABC):
     def test_data(self) -> Examples | None:
         """Held-out examples on the server, or None when it has none."""
         return None
+
+    def example(self) -> Tensor:
+        """A batch of two inputs, whose values do not matter: methods that align networks trace the model with it."""
+        if (examples := self.test_data()) is None:
+            raise ValueError(f"{type(self).__name__} has no test_data: let its `example` return a batch of two inputs")
+        return torch.stack([examples[index][0] for index in range(2)])
+
+    def symmetry(self, model: nn.Module) -> Symmetry:
+        """Which units of the model can be permuted: traced, unless overridden, and verified by the server."""
+        from aggregators.core.tracing import trace  # torch.export, which clients do not need
+
+        return trace(model, self.example())
 
 
 def parse(config: str) -> Task:

@@ -36,10 +36,20 @@ def decode(content: RecordDict) -> tuple[Instructions, Tensors | None]:
     if (version := manifest.get("version")) != WIRE_VERSION:
         raise ValueError(f"the server speaks wire version {version!r}, this client {WIRE_VERSION}: install one release")
     instructions = Instructions.model_validate_json(str(manifest["instructions"]))
-    if "params" not in content.array_records:
-        return instructions, None
-    layout = json.loads(str(manifest["layout"]))["params"]
-    return instructions, unpack(content.array_records["params"]["flat"].data, layout)
+    return instructions, _model(content, "params")
+
+
+def anchor(content: RecordDict) -> Tensors | None:
+    """The model that cross-moments compare the client's with: one sent for this, else θ_t; None if neither was."""
+    sent = _model(content, "anchor")
+    return _model(content, "params") if sent is None else sent
+
+
+def _model(content: RecordDict, name: str) -> Tensors | None:
+    if name not in content.array_records:
+        return None
+    layout = json.loads(str(content.config_records["manifest"]["layout"]))[name]
+    return unpack(content.array_records[name]["flat"].data, layout)
 
 
 def encode(update: ClientUpdate) -> RecordDict:

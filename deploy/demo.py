@@ -1,15 +1,16 @@
-"""`make demo`: one SuperLink and four SuperNodes on loopback, non-IID digits, three methods, one table, one plot."""
+"""`make demo`: one SuperLink and four SuperNodes on loopback, digits, several methods at once, one table, one plot."""
 
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from rich.console import Console
@@ -20,26 +21,46 @@ from server.telemetry import console_for_output
 from .local import LocalFederation
 
 APP = Path(__file__).resolve().parent.parent
-METHODS: Mapping[str, Mapping[str, Any]] = {
-    "FedAvg": {"kind": "fedavg"},
-    "Fisher": {"kind": "fisher"},
-    "SSF": {"kind": "ssf"},
-}
 CLIENTS = 4
-ROUNDS = 3
 PAUSE = 20.0  # seconds between questions to Flower: each starts a process
 RUNS = APP / "runs"
-CONFIG = {
-    "task": json.dumps({"kind": "digits", "partition": "dirichlet", "alpha": 0.1}),
-    "rounds": ROUNDS,
-    "min-clients": CLIENTS,
-    "deadline": 200.0,
-    "training.epochs": 5,
+ALIGNED = {"kind": "git_rebasin", "inner": {"kind": "repair", "inner": {"kind": "fisher", "temper": 0.5}}}
+
+
+class Demo(NamedTuple):
+    """What is shown: a title, the methods, and the run configuration that they share."""
+
+    title: str
+    methods: Mapping[str, Mapping[str, Any]]
+    config: Mapping[str, Any]
+
+
+DEMOS = {
+    "posterior": Demo(
+        f"Non-IID digits, {CLIENTS} clients",
+        {
+            "FedAvg": {"kind": "fedavg"},
+            "Fisher": {"kind": "fisher"},
+            "SSF": {"kind": "ssf"},
+        },
+        {"task": {"kind": "digits", "partition": "dirichlet", "alpha": 0.1}, "rounds": 3, "training.epochs": 5},
+    ),
+    "alignment": Demo(
+        f"Digits, {CLIENTS} clients that start from {CLIENTS} initialisations",
+        {
+            "FedAvg": {"kind": "fedavg"},
+            "Git Re-Basin": {"kind": "git_rebasin", "inner": "fedavg"},
+            "activation matching": {"kind": "activation_matching", "inner": "fedavg"},
+            "Git Re-Basin, √Fisher, REPAIR": ALIGNED,
+        },
+        {"task": {"kind": "digits", "partition": "iid"}, "rounds": 2, "start": "own", "training.epochs": 20},
+    ),
 }
 
 
-def main() -> int:
-    """0 when every method's run has finished and left its records; what it wrote is printed."""
+def main(name: str = "posterior") -> int:
+    """0 when every method's run of this demo has finished and left its records; what it wrote is printed."""
+    demo = DEMOS[name]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background jobs ignore
     console, start = console_for_output(), time.monotonic()
@@ -47,26 +68,28 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fedbasin-") as logs:
         console.print(f"starting a SuperLink and {CLIENTS} SuperNodes on 127.0.0.1, client traffic over gRPC")
         with LocalFederation(Path(logs), nodes) as federation:
-            submitted = {name: _submit(federation, name, method, console) for name, method in METHODS.items()}
-            with console.status(f"{len(METHODS)} runs at once on the same clients"):
-                _follow(federation, submitted, console)
-    folders = {name: RUNS / run_id for name, run_id in submitted.items()}
-    results = {name: load(folder) for name, folder in folders.items()}
+            submitted = {method: _submit(federation, demo, method, console) for method in demo.methods}
+            with console.status(f"{len(submitted)} runs at once on the same clients"):
+                _follow(federation, submitted, console, demo.config["rounds"])
+    folders = {method: RUNS / run_id for method, run_id in submitted.items()}
+    results = {method: load(folder) for method, folder in folders.items()}
     console.print(table(results))
-    picture = plot(results, folders["FedAvg"] / "demo.png")
+    picture = plot(demo.title, results, folders["FedAvg"] / "demo.png")
     for path in (*folders.values(), picture):
         console.print(f"  {path.relative_to(APP)}")
     console.print(f"took {time.monotonic() - start:.0f} s")
     return 0
 
 
-def _submit(federation: LocalFederation, name: str, method: Mapping[str, Any], console: Console) -> str:
-    run_id = federation.submit(APP, {**CONFIG, "aggregator": json.dumps(method), "runs-dir": str(RUNS)})
+def _submit(federation: LocalFederation, demo: Demo, name: str, console: Console) -> str:
+    texts = {"task": json.dumps(demo.config["task"]), "aggregator": json.dumps(demo.methods[name])}
+    shared = {"min-clients": CLIENTS, "deadline": 200.0, "runs-dir": str(RUNS)}
+    run_id = federation.submit(APP, {**demo.config, **shared, **texts})
     console.print(f"{name}: flwr run, id {run_id}", highlight=False)
     return run_id
 
 
-def _follow(federation: LocalFederation, submitted: Mapping[str, str], console: Console) -> None:
+def _follow(federation: LocalFederation, submitted: Mapping[str, str], console: Console, rounds: int) -> None:
     """Prints each round as it finishes; returns when every run has."""
     shown: set[Path] = set()
     running, asked = True, time.monotonic()
@@ -74,7 +97,7 @@ def _follow(federation: LocalFederation, submitted: Mapping[str, str], console: 
         time.sleep(0.5)
         for name, run_id in submitted.items():
             for path in sorted({*(RUNS / run_id).glob("round-*.json")} - shown):
-                console.print(f"{name}: {_said(json.loads(path.read_text()))}", highlight=False)
+                console.print(f"{name}: {_said(json.loads(path.read_text()), rounds)}", highlight=False)
                 shown.add(path)
         ended = all((RUNS / run_id / "evaluation.json").exists() for run_id in submitted.values())
         if ended or time.monotonic() > asked + PAUSE:
@@ -90,11 +113,11 @@ def _finished(federation: LocalFederation, submitted: Mapping[str, str]) -> bool
     return all(runs[run_id]["status"] == "finished:completed" for run_id in submitted.values())
 
 
-def _said(record: Mapping[str, Any]) -> str:
+def _said(record: Mapping[str, Any], rounds: int) -> str:
     """One line about a finished round."""
     admitted = sum(len(exchange["admitted"]) for exchange in record["exchanges"])
     accuracy = f"accuracy {record['test']['accuracy']:.3f} on the server's data"
-    return f"round {record['round']} of {ROUNDS} {record['status']}, {admitted} replies, {accuracy}"
+    return f"round {record['round']} of {rounds} {record['status']}, {admitted} replies, {accuracy}"
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -104,8 +127,12 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def curve(result: Mapping[str, Any], key: str) -> list[float]:
-    """`accuracy`, `worst` or `spread` over the clients of the model before round 1, after round 1, and so on."""
-    return [measured[key] for measured in (*(record["received"] for record in result["records"]), result["final"])]
+    """`accuracy`, `worst` or `spread` over the clients of the model before round 1, after round 1, and so on.
+
+    NaN where clients received none: before round 1 each may start from its own.
+    """
+    measured = [*(record["received"] for record in result["records"]), result["final"]]
+    return [math.nan if (value := one.get(key)) is None else value for one in measured]
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -125,7 +152,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     return rows
 
 
-def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
+def plot(title: str, results: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
     """Accuracy over rounds: solid, the mean over the clients; dashed, the worst client."""
     mpl.use("Agg")
     from matplotlib import pyplot
@@ -136,7 +163,7 @@ def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
         (line,) = axes.plot(curve(result, "accuracy"), marker="o", label=name)
         axes.plot(curve(result, "worst"), linestyle="--", marker=".", color=line.get_color())
     axes.set(xlabel="rounds finished", ylabel="accuracy on the clients' validation data", ylim=(0, 1))
-    axes.set_title("Non-IID digits, 4 clients (solid: mean, dashed: worst client)")
+    axes.set_title(f"{title} (solid: mean, dashed: worst client)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -146,6 +173,6 @@ def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
 
 if __name__ == "__main__":
     try:
-        raise SystemExit(main())
+        raise SystemExit(main(*sys.argv[1:]))
     except KeyboardInterrupt:
         raise SystemExit("stopped: every process of the federation has ended") from None

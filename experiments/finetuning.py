@@ -1,11 +1,12 @@
-"""Models fine-tuned from a common start: trained and measured once, then kept on disk; merged; and what they score."""
+"""Models fine-tuned from a start: trained and measured once, then kept on disk; merged; and what they score."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import blake2b
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,10 +15,14 @@ from torch.utils.data import TensorDataset
 from aggregators.core.exchange import Exchange, run
 from aggregators.core.registry import parse
 from aggregators.core.seed import derive_seed
-from aggregators.core.update import ClientUpdate, Estimator, GlobalModel, Gradients, Merged, Probe, Tensors
+from aggregators.core.update import ClientUpdate, Estimator, GlobalModel, Gradients, Merged, Probe, Request, Tensors
+from client import wire
+from client.statistics import measure
 from client.statistics.gradients import gradients
 from client.task import Task, is_private, load, tensors
 from client.training import Training, evaluating, seeded, train
+from server.app import symmetry
+from server.wire import encode, nbytes
 
 from .cache import cached
 from .sources import sources
@@ -70,6 +75,13 @@ class Finetuned:
             estimator=estimator,
         )
 
+    def measured(self, request: Request, anchor: Tensors | None = None) -> dict[str, Any]:
+        """The fields of an update that any method may ask for, at the client's parameters on its examples."""
+        model = self.task.model()
+        load(model, self.params)
+        seed = derive_seed(self.seed, "statistics")
+        return measure(self.task, model, self.examples, request, seed=seed, anchor=anchor)
+
     def _public(self, values: Tensors) -> dict[str, Tensor]:
         return {name: value for name, value in values.items() if not is_private(name, self.private)}
 
@@ -96,6 +108,66 @@ class Finetuned:
         load(model, self.params)
         seed = derive_seed(self.seed, "statistics")
         return gradients(self.task, model, self.examples, asked, seed=seed).sq_grad_sum
+
+
+class Round(NamedTuple):
+    """What a round ended with, and the bytes that each client received and sent in it, as the wire carries them."""
+
+    merged: Merged
+    nbytes: float
+
+
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """Clients that have trained, each from its own start, and answer whatever a method asks of them.
+
+    What one was asked before it does not measure again; cohorts of the same first clients may share what is `known`.
+    """
+
+    clients: Sequence[Finetuned]
+    known: dict[object, dict[str, Any]] = field(default_factory=dict)
+
+    def round(self, config: Config) -> Round:
+        """The round of the method whose training ended with these models."""
+        traffic: list[int] = []
+
+        def ask(exchange: Exchange[Any]) -> Iterator[ClientUpdate]:
+            messages = encode(replace(exchange, params=None) if exchange.task == "train" else exchange, {})
+            for number in range(len(self.clients)):
+                update = self._answer(number, exchange)
+                traffic.append(nbytes(messages(number)) + nbytes(wire.encode(update)))
+                yield update
+
+        method = parse(config)
+        aligns = any("symmetry" in part.needs for part in method.parts())
+        merged = run(method.round(self._traced if aligns else self._model), ask)
+        return Round(merged, sum(traffic) / len(self.clients))
+
+    @cached_property
+    def _model(self) -> GlobalModel:
+        """The server's, from which no client began."""
+        task = self.clients[0].task
+        trainable = frozenset(name for name, _ in task.model().named_parameters())
+        return GlobalModel(params=initial(task, 0), trainable=trainable, round=1)
+
+    @cached_property
+    def _traced(self) -> GlobalModel:
+        """The same with the symmetry of its network."""
+        return replace(self._model, symmetry=symmetry(self.clients[0].task, self._model))
+
+    def _answer(self, number: int, exchange: Exchange[Any]) -> ClientUpdate:
+        client, sent, trained = self.clients[number], exchange.sent(number), exchange.task == "train"
+        at = client if trained else client.at(sent or {})
+        anchor = sent if exchange.anchor is None else exchange.anchor
+        models = [digest(params.values()) for params in (at.params, anchor or {})]
+        fields = self._once((number, exchange.request.model_dump_json(), *models), at, exchange.request, anchor)
+        params = client.params if trained else {}
+        return ClientUpdate(client_id=number, num_examples=len(client.examples), params=params, **fields)
+
+    def _once(self, asked: object, at: Finetuned, request: Request, anchor: Tensors | None) -> dict[str, Any]:
+        if asked not in self.known:
+            self.known[asked] = at.measured(request, anchor)
+        return self.known[asked]
 
 
 def initial(task: Task, seed: int) -> Tensors:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from aggregators.core.exchange import Exchange
 from aggregators.core.flat import tensor_fields
-from aggregators.core.layers import find
+from aggregators.core.layers import channels, find
 from aggregators.core.update import ClientUpdate, GlobalModel, Gradients, Request, Tensors
 
 from .telemetry import one_line
 
 ROUNDING = 1e-3  # relative slack of Cauchy–Schwarz: sums of many examples, rounded to float32; half precision has more
+POSITIONS = 2**24  # the most at which a layer may look at one example
 LAYERWISE = ("gram", "grad_gram", "moments", "cross_moments")
 
 
@@ -40,11 +41,14 @@ def _faults(update: ClientUpdate, exchange: Exchange[Any], model: GlobalModel, m
     yield from _gradients(update, asked.gradients or Gradients(), model)
     yield from _counts(update, asked)
     yield from _layerwise(update, asked)
+    yield from _moments(update, model)
+    yield from _correlations(update, model)
     yield from _layers(update, asked, model)
     yield from _labels(update, asked)
     yield from _not_finite(tensor_fields(update))
     yield from _impossible_squares(update)
     yield from _impossible_grams(update)
+    yield from _impossible_correlations(update)
 
 
 def _mismatches(field: str, got: Tensors, expected: Mapping[str, Tensor], rows: int | None = None) -> Iterator[str]:
@@ -82,11 +86,31 @@ def _layerwise(update: ClientUpdate, asked: Request) -> Iterator[str]:
     for field in LAYERWISE:
         if bool(getattr(update, field)) != getattr(asked, field):
             yield f"{field} is missing" if getattr(asked, field) else f"{field} was not asked for"
+
+
+def _moments(update: ClientUpdate, model: GlobalModel) -> Iterator[str]:
+    most = update.num_examples * POSITIONS
     for layer, moments in update.moments.items():
-        if moments.num < 1:
-            yield f"moments {layer} counts {moments.num}: allowed is 1 or more"
-        if moments.mean.shape != moments.m2.shape:
-            yield f"moments {layer} has means of shape {tuple(moments.mean.shape)}, m2 of {tuple(moments.m2.shape)}"
+        if not 1 <= moments.num <= most:
+            yield f"moments {layer} counts {moments.num}: allowed is 1 to {most}"
+        if (size := channels(model, layer)) is None:
+            yield f"moments has {layer}, which is no layer of the model"
+        for part, value in (("mean", moments.mean), ("m2", moments.m2)):
+            yield from _misshapen(f"moments {layer}|{part}", value, (size,))
+
+
+def _correlations(update: ClientUpdate, model: GlobalModel) -> Iterator[str]:
+    for layer, matrix in update.cross_moments.items():
+        if (size := channels(model, layer)) is None:
+            yield f"cross_moments has {layer}, which is no layer of the model"
+        yield from _misshapen(f"cross_moments {layer}", matrix, (size, size))
+
+
+def _misshapen(what: str, value: Tensor, shape: tuple[int | None, ...]) -> Iterator[str]:
+    if value.shape != shape:
+        yield f"{what} has shape {tuple(value.shape)}, asked for {shape}"
+    if value.dtype != torch.float32:
+        yield f"{what} has dtype {value.dtype}, asked for torch.float32"
 
 
 def _layers(update: ClientUpdate, asked: Request, model: GlobalModel) -> Iterator[str]:
@@ -98,10 +122,8 @@ def _layers(update: ClientUpdate, asked: Request, model: GlobalModel) -> Iterato
     for field, layer, gram in _grams(update):
         if (found := find(model, layer)) is None:
             yield f"{field} has {layer}, which is no layer of the model that trains"
-        elif gram.shape != (expected := (found.sizes()[field],) * 2):
-            yield f"{field} {layer} has shape {tuple(gram.shape)}, asked for {expected}"
-        if gram.dtype != torch.float32:
-            yield f"{field} {layer} has dtype {gram.dtype}, asked for torch.float32"
+        else:
+            yield from _misshapen(f"{field} {layer}", gram, (found.sizes()[field],) * 2)
     if asked.gram and asked.grad_gram and (odd := update.gram.keys() ^ update.grad_gram.keys()):
         yield f"only one of gram and grad_gram has {_some(odd)}: asked for both of every layer"
 
@@ -152,6 +174,12 @@ def _impossible_grams(update: ClientUpdate) -> Iterator[str]:
     for field, layer, gram in _grams(update):
         if fault := _fault(gram.double()):
             yield f"{field} {layer} {fault}"
+
+
+def _impossible_correlations(update: ClientUpdate) -> Iterator[str]:
+    for layer, matrix in update.cross_moments.items():
+        if (matrix.abs() > 1 + ROUNDING).any():
+            yield f"cross_moments {layer} has a correlation beyond 1: Cauchy–Schwarz forbids it"
 
 
 def _fault(gram: Tensor) -> str:

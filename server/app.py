@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from aggregators.core.base import Aggregator
 from aggregators.core.exchange import Exchange
 from aggregators.core.registry import validated
 from aggregators.core.seed import derive_seed
+from aggregators.core.symmetry import Symmetry
 from aggregators.core.update import GlobalModel, Probe, Tensors
 from client.statistics import unsupported
 from client.task import Task, load, parse, tensors
@@ -48,6 +50,8 @@ def federate(
     if settings.resume and ledger.latest() is None:
         raise ValueError(f"resume = {settings.resume!r}: no finished round there; give a run's folder, or nothing")
     model = ledger.restore(global_model(task, settings))
+    if "symmetry" in _needs(settings.aggregator):
+        model = replace(model, symmetry=symmetry(task, model))
     _refuse_unless_able(settings.aggregator, task, settings, model)
     ledger.note("settings", settings.model_dump(mode="json", by_alias=True))
     size = sum(tensor.numel() for tensor in model.params.values())
@@ -80,6 +84,22 @@ def global_model(task: Task, settings: Settings) -> GlobalModel:
     return GlobalModel(params=params, trainable=frozenset(trainable & params.keys()), probe=_probe(task))
 
 
+def symmetry(task: Task, model: GlobalModel) -> Symmetry:
+    """The groups of the task's model that move nothing private, verified; ValueError where there are none."""
+    from aggregators.core.tracing import verify  # torch.export, which other methods do not need
+
+    module = task.model()
+    found = task.symmetry(module).within(model.params)
+    if not found.groups:
+        raise ValueError(f"{type(task).__name__}'s model has no units that could be permuted: use another method")
+    verify(found, module, task.example())
+    return found
+
+
+def _needs(aggregator: Aggregator) -> frozenset[str]:
+    return frozenset[str]().union(*(part.needs for part in aggregator.parts()))
+
+
 def _probe(task: Task) -> Probe | None:
     if (examples := task.test_data()) is None:
         return None
@@ -99,7 +119,7 @@ def _refuse_unless_able(aggregator: Aggregator, task: Task, settings: Settings, 
 
 
 def _lacks(aggregator: Aggregator, task: Task, settings: Settings, model: GlobalModel) -> Iterator[str]:
-    needs = frozenset[str]().union(*(part.needs for part in aggregator.parts()))
+    needs = _needs(aggregator)
     if "shared_start" in needs and settings.start != "shared":
         yield f"it measures steps from the server's model: start = {settings.start!r} must be 'shared'"
     if "probe" in needs and model.probe is None:

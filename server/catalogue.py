@@ -22,7 +22,7 @@ LAYERWISE = {  # what it is, and its bytes
     "gram": ("Σxxᵀ", "4i²"),
     "grad_gram": ("Σδδᵀ", "4o²"),
     "moments": ("moments", "8o + 8"),
-    "cross_moments": ("Σabᵀ", "4o²"),
+    "cross_moments": ("corr(a, b)", "4o²"),
 }
 TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true, false", "null": "null"}
 LIMITS = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
@@ -92,7 +92,7 @@ def upload(questions: Iterable[Question]) -> str:
 def table() -> Group:
     """A row for every method."""
     rows = Table("method", show_lines=True)
-    for column, width in {"what it is": 53, "clients answer, bytes": 21, "paper": 15}.items():
+    for column, width in {"what it is": 52, "clients answer, bytes": 21, "paper": 15}.items():
         rows.add_column(column, width=width)
     for kind, cls in methods().items():
         method, about = example(kind), describe(cls)

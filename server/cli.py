@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import typer
 
 from aggregators.core.registry import methods, parse
-from server import catalogue, loopback
+from client import task as tasks
+from server import catalogue, groups, loopback
 from server.telemetry import console_for_output
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -24,6 +27,26 @@ def show_methods(
         console.print(catalogue.page(catalogue.example(method) if method in methods() else parse(method)))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+@app.command(name="symmetry")
+def show_symmetry(
+    task: str = typer.Argument(help="a task's name, module:Class, or JSON with its options"),
+) -> None:
+    """The groups of units of a task's model that methods of alignment permute: found, verified, and what stays."""
+    from aggregators.core.tracing import verify  # torch.export, which nothing else needs
+
+    try:
+        chosen = tasks.parse(task)
+        model = chosen.model()
+        params = tasks.tensors(model, chosen.private)
+        start = time.perf_counter()
+        symmetry = chosen.symmetry(model).within(params)
+        found = time.perf_counter()
+        verify(symmetry, model, chosen.example())
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    console_for_output().print(groups.page(symmetry, params, found - start, time.perf_counter() - found))
 
 
 @app.command()

@@ -114,7 +114,8 @@ class MergeStrategy:
     def _ask(self, exchange: Exchange[Any], model: GlobalModel) -> Iterator[ClientUpdate]:
         """The admitted updates of one exchange as they arrive; those kept from before a crash come first."""
         if self._own_start(exchange, model):
-            exchange = replace(exchange, params=None)
+            anchor = model.params if exchange.request.cross_moments else None
+            exchange = replace(exchange, params=None, anchor=exchange.anchor or anchor)
         number, note = len(self._record.exchanges), ExchangeRecord(exchange.task)
         self._record.exchanges.append(note)
         replies, kept = self._replies(exchange, model, note), self.ledger.kept(model.round, number)

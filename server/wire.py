@@ -9,8 +9,8 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from aggregators.core.exchange import Exchange
-from aggregators.core.flat import WIRE_VERSION, from_tensor_fields, pack, unpack
-from aggregators.core.update import ESTIMATORS, ClientUpdate, Estimator, Tensors
+from aggregators.core.flat import WIRE_VERSION, Layout, from_tensor_fields, pack, unpack
+from aggregators.core.update import ESTIMATORS, ClientUpdate, Estimator
 
 from .telemetry import one_line
 
@@ -22,10 +22,12 @@ class Malformed(ValueError):
 def encode(exchange: Exchange[Any], instructions: Mapping[str, Any]) -> Callable[[int], RecordDict]:
     """The message of `exchange` for each client; a model that all receive is packed once."""
     text = json.dumps({**instructions, **_asked(exchange)})
+    anchor = {} if exchange.anchor is None else {"anchor": pack(exchange.anchor)}
     if callable(exchange.params):
         per_client = exchange.params
-        return lambda client_id: _message(text, per_client(client_id))
-    shared = _message(text, exchange.params)
+        return lambda client_id: _message(text, {"params": pack(per_client(client_id)), **anchor})
+    params = {} if exchange.params is None else {"params": pack(exchange.params)}
+    shared = _message(text, {**params, **anchor})
     return lambda client_id: shared
 
 
@@ -37,14 +39,11 @@ def _asked(exchange: Exchange[Any]) -> dict[str, Any]:
     }
 
 
-def _message(instructions: str, params: Tensors | None) -> RecordDict:
-    manifest = ConfigRecord({"version": WIRE_VERSION, "instructions": instructions})
-    if params is None:
-        return RecordDict({"manifest": manifest})
-    data, layout = pack(params)
-    manifest["layout"] = json.dumps({"params": layout})
-    flat = ArrayRecord({"flat": Array("uint8", (len(data),), "fedbasin.flat", data)})
-    return RecordDict({"manifest": manifest, "params": flat})
+def _message(instructions: str, models: Mapping[str, tuple[bytes, Layout]]) -> RecordDict:
+    layouts = json.dumps({name: layout for name, (_, layout) in models.items()})
+    manifest = ConfigRecord({"version": WIRE_VERSION, "instructions": instructions, "layout": layouts})
+    flat = {name: Array("uint8", (len(data),), "fedbasin.flat", data) for name, (data, _) in models.items()}
+    return RecordDict({"manifest": manifest, **{name: ArrayRecord({"flat": array}) for name, array in flat.items()}})
 
 
 def decode(content: RecordDict, client_id: int) -> ClientUpdate:

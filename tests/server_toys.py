@@ -49,7 +49,8 @@ def answering(client: toys.Client, change: Change = lambda update: update) -> Cl
 
     def answer(content: RecordDict) -> RecordDict:
         asked, received = wire.decode(content)
-        exchange = Exchange(task=asked.exchange, params=received, request=asked.request, fold=collect)
+        anchor = wire.anchor(content)
+        exchange = Exchange(task=asked.exchange, params=received, anchor=anchor, request=asked.request, fold=collect)
         return wire.encode(change(client.reply(exchange)))
 
     return answer

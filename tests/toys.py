@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from aggregators.core.base import Aggregator
 from aggregators.core.exchange import Exchange, Question, Round, collect
 from aggregators.core.registry import AnyAggregator
+from aggregators.core.symmetry import Symmetry
 from aggregators.core.update import ClientUpdate, GlobalModel, Gradients, Merged, Moments, Probe, Request, Tensors
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "float64", "mixed"]
@@ -49,6 +50,19 @@ class Net(nn.Module):
         self.register_buffer("mask", torch.tensor([True, False]))
 
 
+SYMMETRY = Symmetry(
+    {
+        "first.weight": ("first", None),
+        "first.bias": ("first",),
+        **{f"norm.{name}": ("first",) for name in ("weight", "bias", "running_mean", "running_var")},
+        "second.weight": ("second", "first"),
+        "second.bias": ("second",),
+        "again.bias": ("second",),
+        "last.weight": (None, "second"),
+    }
+)
+
+
 def net(precision: Precision = "float32", seed: int = 0) -> nn.Module:
     """The toy network, newly initialised; `mixed` holds layers of three dtypes."""
     with torch.random.fork_rng():
@@ -70,6 +84,7 @@ def global_model(precision: Precision = "float32", seed: int = 0) -> GlobalModel
         params=away(state, torch.Generator().manual_seed(seed), 0.5),
         trainable=frozenset(name for name, _ in module.named_parameters(remove_duplicate=False)),
         probe=Probe(loss=_squared, score=lambda params: -_squared(params)),
+        symmetry=SYMMETRY,
     )
 
 
@@ -108,12 +123,13 @@ class Client:
         """The answer to `exchange`: a function of what was sent and asked, with tensors of its own."""
         sent = exchange.sent(self.client_id)
         sent = self.params if sent is None else sent
+        anchor = sent if exchange.anchor is None else exchange.anchor
         if exchange.task == "train":
             own = {name: value.clone() for name, value in self.params.items()}
-            return replace(self.measured(exchange.request, own, sent), params=own)
-        return self.measured(exchange.request if exchange.task == "measure" else Request(), sent, sent)
+            return replace(self.measured(exchange.request, own, anchor), params=own)
+        return self.measured(exchange.request if exchange.task == "measure" else Request(), sent, anchor)
 
-    def measured(self, request: Request, params: Tensors, sent: Tensors) -> ClientUpdate:
+    def measured(self, request: Request, params: Tensors, anchor: Tensors) -> ClientUpdate:
         """The statistics that `request` names at `params`, and the loss there."""
         generator = torch.Generator().manual_seed(self.client_id % 2**31)
         learnt = {name: value for name, value in params.items() if name in self.trainable}
@@ -128,7 +144,7 @@ class Client:
             estimator=asked.estimator if labelled else None,
             metrics={"loss": sum(float(_gap(self.params, learnt, name).square().sum()) / 2 for name in learnt)},
             **(self._gradients(asked, num, learnt, generator) if request.gradients else {}),
-            **self._activations(request, num, learnt, sent, generator),
+            **self._activations(request, num, learnt, anchor),
         )
 
     def _gradients(self, asked: Gradients, num: int, params: Tensors, generator: torch.Generator) -> dict[str, Any]:
@@ -150,31 +166,36 @@ class Client:
         gradients.view(num, -1)[:, :1] = 0
         return gradients
 
-    def _activations(
-        self, asked: Request, num: int, params: Tensors, sent: Tensors, generator: torch.Generator
-    ) -> dict[str, Any]:
+    def _activations(self, asked: Request, num: int, params: Tensors, anchor: Tensors) -> dict[str, Any]:
+        """Of the same inputs whatever else is asked, as real examples are."""
+        generator = torch.Generator().manual_seed(self.client_id % 2**31 + 1)
         wanted = [field for field in LAYERWISE if getattr(asked, field)]
         found: dict[str, dict[str, Tensor | Moments]] = {field: {} for field in wanted}
         for name in (name for name, value in params.items() if wanted and value.ndim == 2 and value.numel()):
-            layer = _layer(params[name].float(), sent[name].float(), num, generator)
+            layer = _layer(params[name].float(), anchor[name].float(), num, generator)
             for field in wanted:
                 found[field][name.removesuffix(".weight")] = layer[field]
         labels = torch.randint(0, 3, (self.num_examples,), generator=generator)
         return {**found, **({"class_counts": labels.bincount(minlength=3)} if asked.class_counts else {})}
 
 
-def _layer(weight: Tensor, sent: Tensor, num: int, generator: torch.Generator) -> dict[str, Tensor | Moments]:
+def _layer(weight: Tensor, anchor: Tensor, num: int, generator: torch.Generator) -> dict[str, Tensor | Moments]:
     """The statistics of a layer; the first input and the first output are without information."""
     x = torch.randn(num, weight.shape[1], generator=generator)
     delta = torch.randn(num, weight.shape[0], generator=generator)
     x[:, 0] = delta[:, 0] = 0
-    inputs, a, b = torch.cat([x, torch.ones(num, 1)], 1), x @ weight.T, x @ sent.T
+    inputs, a, b = torch.cat([x, torch.ones(num, 1)], 1), x @ weight.T, x @ anchor.T
     return {
         "gram": inputs.T @ inputs,
         "grad_gram": delta.T @ delta,
         "moments": Moments(num, a.mean(0), (a - a.mean(0)).square().sum(0)),
-        "cross_moments": a.T @ b,
+        "cross_moments": _standardised(a).T @ _standardised(b),
     }
+
+
+def _standardised(a: Tensor) -> Tensor:
+    """Each column moved and scaled to a sum of 0 and a sum of squares of 1; of a single row 0."""
+    return nn.functional.normalize(a - a.mean(0), dim=0)
 
 
 def _gap(centre: Tensors, params: Tensors, name: str) -> Tensor:

@@ -20,7 +20,8 @@ class Aggregator(BaseModel, ABC):
     """An aggregation method: a pure description of a round. Its fields are its hyper-parameters.
 
     `kind`, a Literal in every final class, is its name in configuration. `needs` names what the server must provide:
-    "probe" (held-out data), "shared_start" (clients that start from the server's model). `examples` are further
+    "probe" (held-out data), "shared_start" (clients that start from the server's model), "symmetry" (the permutations
+    that the task's network admits). `examples` are further
     settings under which the contract suite tries the method, `inners` what it tries a wrapper with.
     """
 

@@ -64,11 +64,13 @@ class Exchange(Generic[R]):
     """One question to the cohort, and the fold of its answers.
 
     `params` is what clients receive: one model for all, one per client, or None when each starts from its own.
-    `min_updates` is what the method needs, beside the run's quorum. `training` overrides local training.
+    `anchor` is the model that their cross-moments compare with, None for the one received. `min_updates` is what the
+    method needs, beside the run's quorum. `training` overrides local training.
     """
 
     task: Work
     params: Tensors | Callable[[int], Tensors] | None
+    anchor: Tensors | None = None
     fold: Fold[Any, R]
     request: Request = field(default_factory=Request)
     min_updates: int = 1

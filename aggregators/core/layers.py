@@ -61,3 +61,10 @@ def layer(model: GlobalModel, name: str) -> Layer:
     if found is None:
         raise ValueError(f"Gram matrices of {name!r}, which is no layer of this model that trains")
     return found
+
+
+def channels(model: GlobalModel, name: str) -> int | None:
+    """How many channels the layer of that name puts out, or the batch norm takes; None where the model has neither."""
+    own = (f"{name}.{part}".removeprefix(".") for part in ("weight", "running_mean"))
+    shapes = [model.params[tensor].shape for tensor in own if tensor in model.params]
+    return next((shape[0] for shape in shapes if shape), None)

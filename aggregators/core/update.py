@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, TypeAlias, Union, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, Union, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .symmetry import Symmetry
 
 Tensors: TypeAlias = Mapping[str, Tensor]  # read-only by convention
 Memory: TypeAlias = Mapping[str, Union[Tensor, int, float, "Memory"]]
@@ -61,10 +64,19 @@ class Request(BaseModel):
     gram: bool = False
     grad_gram: bool = False
     moments: bool = False
+    batch_stats: bool = False  # batch norms use the batch's own statistics while moments are measured
     cross_moments: bool = False
     class_counts: bool = False
 
+    @model_validator(mode="after")
+    def _batch_stats_are_of_moments(self) -> Request:
+        if self.batch_stats and not self.moments:
+            raise ValueError("batch_stats says how moments are measured: ask for moments too")
+        return self
+
     def __or__(self, other: Request) -> Request:
+        if self.moments and other.moments and self.batch_stats != other.batch_stats:
+            raise ValueError("one reply cannot hold moments with batch_stats and without: choose one")
         mine, theirs = self.gradients, other.gradients
         flags = {n: getattr(self, n) or getattr(other, n) for n in Request.model_fields if n != "gradients"}
         return Request(gradients=mine | theirs if mine and theirs else mine or theirs, **flags)
@@ -89,8 +101,8 @@ class ClientUpdate:
     estimator: Estimator | None = None
     gram: Tensors = field(default_factory=dict)  # layer -> Σ x̃ x̃ᵀ, x̃ = [x, 1]
     grad_gram: Tensors = field(default_factory=dict)  # layer -> Σ δ δᵀ
-    moments: Mapping[str, Moments] = field(default_factory=dict)
-    cross_moments: Tensors = field(default_factory=dict)  # layer -> Σ a bᵀ
+    moments: Mapping[str, Moments] = field(default_factory=dict)  # layer or batch norm -> of its channels
+    cross_moments: Tensors = field(default_factory=dict)  # layer -> correlations of its outputs, θ_k's by the anchor's
     class_counts: Tensor | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -137,6 +149,7 @@ class GlobalModel:
     round: int = 0
     memory: Memory = field(default_factory=dict)
     probe: Probe | None = None
+    symmetry: Symmetry | None = None  # for methods that need it
 
     @property
     def names(self) -> list[str]:

@@ -8,24 +8,34 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from aggregators.core.update import Gradients, Request
+from aggregators.core.update import Gradients, Request, Tensors
 
 from ..task import Examples, Task
 from ..training import Batch, seeded
 from .activations import grams
 from .estimators import refusal
 from .gradients import gradients
+from .moments import correlations, moments
 
-LATER = ("moments", "cross_moments")  # of layers' activations
 
+def measure(
+    task: Task, model: nn.Module, examples: Examples, request: Request, *, seed: int, anchor: Tensors | None = None
+) -> dict[str, Any]:
+    """The fields of a ClientUpdate that `request` names, at the model's parameters; ValueError where unsupported.
 
-def measure(task: Task, model: nn.Module, examples: Examples, request: Request, *, seed: int) -> dict[str, Any]:
-    """The fields of a ClientUpdate that `request` names, at the model's parameters; ValueError where unsupported."""
+    `anchor` is the model that cross-moments compare it with.
+    """
     if reason := unsupported(request, task):
         raise ValueError(reason)
     fields: dict[str, Any] = {}
     if request.gram or request.grad_gram:
         fields |= grams(task, model, examples, request, seed=seed)._asdict()
+    if request.moments:
+        fields["moments"] = moments(task, model, examples, request, seed=seed)
+    if request.cross_moments:
+        if anchor is None:
+            raise ValueError("cross_moments compare with a model, and none was sent: let the exchange name an `anchor`")
+        fields["cross_moments"] = correlations(task, model, anchor, examples, request, seed=seed)
     asked = request.gradients
     if asked is not None and (asked.sums or asked.squares or asked.sketches):
         fields |= gradients(task, model, examples, asked, seed=seed)._asdict()
@@ -38,9 +48,6 @@ def measure(task: Task, model: nn.Module, examples: Examples, request: Request, 
 def unsupported(request: Request, task: Task) -> str | None:
     """Why clients of this task cannot answer `request`, in one line with the remedy; None where they can."""
     name = type(task).__name__
-    for field in LATER:
-        if getattr(request, field):
-            return f"clients cannot compute {field} yet: choose a method that does not ask for it"
     if request.class_counts and task.num_classes is None:
         return f"class_counts needs labels and {name}.num_classes is None: set it, or choose another method"
     asked = request.gradients or (Gradients() if request.grad_gram else None)

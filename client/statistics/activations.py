@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -11,10 +11,11 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import pad, unfold
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils.data import Subset
 
+from aggregators.core.functional import computed
 from aggregators.core.update import Estimator, Gradients, Request, Tensors
 
 from ..task import Examples, Task, is_private
@@ -24,8 +25,9 @@ from .per_example import changed, plain_attention, widened
 
 BLOCK = 2**20  # entries of rows in float64 at once
 
-Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d
-KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Layer: TypeAlias = nn.Linear | Convolution
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Grams(NamedTuple):
@@ -35,6 +37,16 @@ class Grams(NamedTuple):
     grad_gram: Tensors
     num_grads: int
     estimator: Estimator | None
+
+
+class Unmeasurable(ValueError):
+    """A model that calls no layer of which such statistics can be taken."""
+
+    def __init__(self, task: Task, statistics: str) -> None:
+        super().__init__(
+            f"{type(task).__name__}'s model calls no linear or convolutional layer that could be measured:"
+            f" choose a method that does not ask for {statistics}"
+        )
 
 
 def grams(task: Task, model: nn.Module, examples: Examples, request: Request, *, seed: int) -> Grams:
@@ -58,15 +70,12 @@ def grams(task: Task, model: nn.Module, examples: Examples, request: Request, *,
     asked = request.gradients or Gradients()
     if request.grad_gram and (reason := refusal(task, asked.estimator)):
         raise ValueError(reason)
-    layers = _layers(model, task.private)
+    layers = plain_layers(model, task.private, _has_gram)
     with evaluating(model), seeded(seed), plain_attention(), torch.set_grad_enabled(request.grad_gram):
         sample = chosen(examples, asked.limit)
         sums = _sums(task, model, layers, sample, request)
     if len(sample) and not (sums.gram or sums.grad_gram):
-        raise ValueError(
-            f"{type(task).__name__}'s model calls no linear or convolutional layer that could be measured:"
-            " choose a method that does not ask for Gram matrices"
-        )
+        raise Unmeasurable(task, "Gram matrices")
     return Grams(
         gram={name: total.float() for name, total in sums.gram.items()},
         grad_gram={name: total.float() for name, total in sums.grad_gram.items()},
@@ -75,8 +84,14 @@ def grams(task: Task, model: nn.Module, examples: Examples, request: Request, *,
     )
 
 
-def _layers(model: nn.Module, private: tuple[str, ...]) -> list[tuple[str, Layer]]:
-    """The layers to measure; those that share a weight stand under one name, that of the parameter."""
+def plain_layers(
+    model: nn.Module, private: tuple[str, ...], suits: Callable[[Layer], bool] = lambda layer: True
+) -> list[tuple[str, Layer]]:
+    """Layers by name; those that share weight and bias stand under one name, that of the parameter.
+
+    Left out are subclasses of layers, private ones, and weights shared with anything else, by layers of different
+    biases, or by one that does not suit.
+    """
     holders: dict[Tensor, list[nn.Module]] = defaultdict(list)
     for module in model.modules():
         for param in module.parameters(recurse=False):
@@ -84,17 +99,20 @@ def _layers(model: nn.Module, private: tuple[str, ...]) -> list[tuple[str, Layer
     found = []
     for name, param in model.named_parameters():
         layer, _, kind = name.rpartition(".")
-        alike = _alike(holders[param])
-        if kind == "weight" and param.requires_grad and not is_private(name, private):
-            found += [(layer, module) for module in alike]
+        if kind == "weight" and not is_private(name, private):
+            found += [(layer, module) for module in _alike(holders[param], suits)]
     return found
 
 
-def _alike(holders: Sequence[nn.Module]) -> list[Layer]:
-    """The modules that hold one parameter, if all are plain layers of one bias; else none."""
+def _alike(holders: Sequence[nn.Module], suits: Callable[[Layer], bool]) -> list[Layer]:
+    """The modules that hold one parameter, if all are plain layers of one bias that suit; else none."""
     plain = [module for module in holders if isinstance(module, KINDS) and type(module) in KINDS]
-    whole = len(plain) == len(holders) and all(getattr(layer, "groups", 1) == 1 for layer in plain)
+    whole = len(plain) == len(holders) and all(map(suits, plain))
     return plain if whole and len({id(layer.bias) for layer in plain}) == 1 else []
+
+
+def _has_gram(layer: Layer) -> bool:
+    return layer.weight.requires_grad and not isinstance(layer, nn.Conv3d) and getattr(layer, "groups", 1) == 1
 
 
 @dataclass(eq=False)
@@ -123,18 +141,18 @@ class _Sums:
             scores.sum() + nothing, [*leaves, nothing], retain_graph=True, materialize_grads=True
         )
         for (name, layer, _), delta in zip(self.shifts, deltas, strict=False):
-            _add(self.grad_gram, name, _outputs(layer, delta))
+            _add(self.grad_gram, name, channel_rows(layer, delta))
 
 
 def _sums(
     task: Task, model: nn.Module, layers: list[tuple[str, Layer]], examples: Subset[Batch], request: Request
 ) -> _Sums:
     sums, estimator = _Sums(request), (request.gradients or Gradients()).estimator
-    run = partial(functional_call, model, _detached(model))
+    run = partial(computed, model, detached(model))
 
     def add(inputs: Tensor, targets: Tensor, uniform: Tensor) -> None:
         with changed(layers, sums.called):
-            outputs = run((widened(inputs),))
+            outputs = run(widened(inputs))
         if request.grad_gram:
             scores, weights = scored(task, outputs, targets, estimator, uniform)
             for weighted in (scores * weights.sqrt()).unbind(1):
@@ -146,7 +164,8 @@ def _sums(
     return sums
 
 
-def _detached(model: nn.Module) -> dict[str, Tensor]:
+def detached(model: nn.Module) -> dict[str, Tensor]:
+    """Its parameters and buffers by name, in float32 where they are in half precision."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {name: widened(tensor.detach()) for name, tensor in tensors}
 
@@ -164,13 +183,13 @@ def _inputs(layer: Layer, x: Tensor) -> Iterator[Tensor]:
     return (pad(block, (0, 1), value=1.0) for block in blocks)
 
 
-def _outputs(layer: Layer, delta: Tensor) -> Iterator[Tensor]:
-    """δ of every row or position, (n, out), in blocks."""
-    channels = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
-    return _split(delta.movedim(channels, -1).reshape(-1, delta.shape[channels]))
+def channel_rows(layer: Layer | BatchNorm, x: Tensor) -> Iterator[Tensor]:
+    """What leaves a layer, or enters a batch norm, at every row or position, (n, channels), in blocks."""
+    axis = -1 - len(layer.kernel_size) if isinstance(layer, Convolution) else 1 if isinstance(layer, BatchNorm) else -1
+    return _split(x.movedim(axis, -1).reshape(-1, x.shape[axis]))
 
 
-def _patches(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Iterator[Tensor]:
+def _patches(layer: Convolution, x: Tensor) -> Iterator[Tensor]:
     """What the kernel sees at each position of each image, (n, in), channels first; a 1-d image is one row high."""
     images = x.reshape(-1, *x.shape[-1 - len(layer.kernel_size) :])
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode

@@ -18,10 +18,11 @@ from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear
 
+from aggregators.core.functional import computed
 from aggregators.core.update import Tensors
 
 BLOCK = 2**16  # entries converted to float64 at once: they stay in the cache
@@ -102,7 +103,7 @@ class PerExample:
             return output + shifts[name]
 
         with changed([(name, layer) for name, (layer, _) in self.single.items()], shift):
-            outputs = functional_call(self.model, {**self.params, **self.buffers, **params}, (x[None],))
+            outputs = computed(self.model, {**self.params, **self.buffers, **params}, x[None])
         return outputs[0], entered
 
     def _loop(self, params: Tensors, shifts: Tensors, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -144,7 +145,7 @@ def _single(model: nn.Module, tensors: Tensors, example: Tensor) -> dict[str, tu
         return linear(x, layer.weight.detach(), layer.bias)
 
     with changed(layers.items(), cut):
-        outputs = functional_call(model, {**tensors, **weights}, (example[None],))
+        outputs = computed(model, {**tensors, **weights}, example[None])
     nothing = torch.zeros((), requires_grad=True)
     elsewhere = torch.autograd.grad(outputs.sum() + nothing, [*weights.values(), nothing], allow_unused=True)
     once = [name for name, grad in zip(weights, elsewhere, strict=False) if grad is None and len(calls[name]) == 1]

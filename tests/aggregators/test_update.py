@@ -27,25 +27,27 @@ gradients = st.builds(
 )
 flags = st.booleans()
 requests = st.builds(
-    Request,
+    lambda measured, **asked: Request(moments=measured != "not", batch_stats=measured == "by batch", **asked),
+    st.sampled_from(["not", "running", "by batch"]),
     gradients=st.none() | gradients,
     gram=flags,
     grad_gram=flags,
-    moments=flags,
     cross_moments=flags,
     class_counts=flags,
 )
 
 
-def with_estimator(request: Request, estimator: Estimator) -> Request:
+def alike(request: Request, estimator: Estimator, batch_stats: bool) -> Request:
+    """The request with that estimator, and with moments of that kind, if it asks for any."""
     asked = request.gradients and request.gradients.model_copy(update={"estimator": estimator})
-    return request.model_copy(update={"gradients": asked})
+    return request.model_copy(update={"gradients": asked, "batch_stats": request.moments and batch_stats})
 
 
 compatible = st.builds(
-    lambda asked, estimator: tuple(with_estimator(request, estimator) for request in asked),
+    lambda asked, *kind: tuple(alike(request, *kind) for request in asked),
     st.tuples(requests, requests, requests),
     st.sampled_from(ESTIMATORS),
+    flags,
 )
 Three: TypeAlias = tuple[Request, Request, Request]
 
@@ -103,6 +105,16 @@ def test_two_estimators_are_refused(a: Gradients, b: Gradients) -> None:
     assume(a.estimator != b.estimator)
     with pytest.raises(ValueError, match=f"'{a.estimator}' and '{b.estimator}'"):
         Request(gradients=a) | Request(gradients=b)
+
+
+def test_moments_of_two_kinds_are_refused() -> None:
+    with pytest.raises(ValueError, match="with batch_stats and without"):
+        Request(moments=True) | Request(moments=True, batch_stats=True)
+
+
+def test_batch_stats_without_moments_are_refused() -> None:
+    with pytest.raises(ValidationError, match="ask for moments too"):
+        Request(batch_stats=True)
 
 
 @given(requests)

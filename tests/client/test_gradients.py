@@ -536,14 +536,6 @@ def test_measure_computes_nothing_that_is_not_asked_for(request_: Request) -> No
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("field", ["moments", "cross_moments"])
-def test_statistics_that_clients_cannot_compute_yet_are_named(field: str) -> None:
-    request = Request(**{field: True})
-    assert field in (unsupported(request, Labels()) or "")
-    with pytest.raises(ValueError, match=field):
-        measure(Labels(), mlp(), rows(3), request, seed=0)
-
-
 @pytest.mark.parametrize(
     "request_", [Request(class_counts=True), Request(gradients=Gradients(sums=True, estimator="logit"))]
 )

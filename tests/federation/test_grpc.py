@@ -99,13 +99,22 @@ def test_a_client_that_dies_in_mid_round_is_asked_again_when_it_returns(tmp_path
     assert sorted(client["name"] for client in exchange["clients"].values()) == ["site-0", "site-1"]
 
 
-SAME_MODEL = {
+SAME_MODEL: dict[str, dict[str, Any]] = {
     "fedavgm of fisher": {"kind": "fedavgm", "inner": {"kind": "fisher", "estimator": "sampled", "temper": 0.5}},
     "ssf": {"kind": "ssf"},
     "ssf, sketches": {"kind": "ssf", "precision": "sketch", "sketches": 2},
     "regmean": {"kind": "regmean"},
     "kfac": {"kind": "kfac"},
     "wise_ft": {"kind": "wise_ft", "inner": "fisher", "weighting": "fisher"},
+    "git_rebasin, repair": {"kind": "git_rebasin", "inner": {"kind": "repair", "inner": "fisher"}},
+    "activation_matching": {"kind": "activation_matching", "inner": "fedavg"},
+    "batch_norm": {"kind": "batch_norm", "inner": "fedavg", "source": "measure"},
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fedavgm of fisher": {"rounds": 2},
+    "git_rebasin, repair": {"start": "own"},
+    "activation_matching": {"start": "own"},
+    "batch_norm": {"task": json.dumps({"kind": "digits", "architecture": "convnet_bn"})},
 }
 
 
@@ -113,10 +122,9 @@ def test_loopback_and_grpc_federations_give_the_same_model(tmp_path: Path) -> No
     nodes = [{"partition-id": number, "num-partitions": 2, "name": f"site-{number}"} for number in (0, 1)]
     with LocalFederation(tmp_path, nodes) as federation:
         for name, method in SAME_MODEL.items():
-            settings = {"rounds": 2 if name.startswith("fedavgm") else 1, "seed": 3, "device": "cpu"}
-            config = {**settings, "aggregator": json.dumps(method), "task": "digits", "evaluate": False}
-            folder = finished(federation, ROOT, config)
-            here = loopback.run("digits", method, nodes=nodes, **settings).model
+            settings = {"task": "digits", "rounds": 1, "seed": 3, "device": "cpu", **SETTINGS.get(name, {})}
+            folder = finished(federation, ROOT, {**settings, "aggregator": json.dumps(method), "evaluate": False})
+            here = loopback.run(settings.pop("task"), method, nodes=nodes, **settings).model
             there = load_file(folder / f"round-{settings['rounds']:04d}.safetensors")
             for tensor, value in here.params.items():
                 torch.testing.assert_close(

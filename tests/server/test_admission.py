@@ -55,6 +55,14 @@ def spoilt(field: str, value: float) -> ClientUpdate:
     return changed(field, WEIGHT, bad)
 
 
+SIX = torch.ones(6)
+
+
+def moments(layer: str = "first", num: int = 3, mean: Tensor = SIX, m2: Tensor = SIX) -> ClientUpdate:
+    """The sound update with other moments of one layer."""
+    return replace(SOUND, moments={**SOUND.moments, layer: Moments(num, mean, m2)})
+
+
 # --- what is admitted -----------------------------------------------------------------------------------------------
 
 
@@ -95,6 +103,14 @@ def test_as_many_gradients_as_the_limit_allows_are_admitted() -> None:
 
 def zeros() -> dict[str, Tensor]:
     return {name: torch.zeros_like(tensor) for name, tensor in SOUND.grad_sum.items()}
+
+
+def test_moments_of_batch_norms_are_admitted() -> None:
+    plain = replace(MODEL, params={name: value for name, value in MODEL.params.items() if name != "norm.weight"})
+    bare = replace(moments("norm", num=5 * 2**24), params=plain.params, grad_sum={}, sq_grad_sum={}, grad_sketch={})
+    only = Request(**{**toys.EVERYTHING.model_dump(), "gradients": None})
+    assert reason(moments("norm")) == ""
+    assert reason(replace(bare), asking(only), plain) == ""
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -200,18 +216,39 @@ WRONG: dict[str, tuple[ClientUpdate, str]] = {
     ),
     "a negative Gram diagonal": (changed("gram", "first", -torch.eye(5)), "the diagonal of gram first is negative"),
     "a Gram matrix of NaN": (changed("gram", "first", NAN * torch.eye(5)), "gram first holds NaN or infinity"),
-    "moments of nothing": (
-        replace(SOUND, moments={"a": Moments(0, torch.ones(2), torch.ones(2))}),
-        "moments a counts 0",
+    "moments of nothing": (moments(num=0), f"moments first counts 0: allowed is 1 to {5 * 2**24}"),
+    "moments of too much": (moments(num=5 * 2**24 + 1), "moments first counts 83886081: allowed is 1 to 83886080"),
+    "moments of no layer": (moments("nowhere"), "moments has nowhere, which is no layer of the model"),
+    "moments of other channels": (
+        moments(mean=torch.ones(5)),
+        "moments first|mean has shape (5,), asked for (6,)",
     ),
-    "moments of two shapes": (
-        replace(SOUND, moments={"a": Moments(1, torch.ones(2), torch.ones(1))}),
-        "moments a has means",
+    "moments of two shapes": (moments(m2=torch.ones(1)), "moments first|m2 has shape (1,), asked for (6,)"),
+    "moments in float64": (
+        moments(mean=torch.ones(6).double()),
+        "moments first|mean has dtype torch.float64, asked for torch.float32",
     ),
-    "negative m2": (replace(SOUND, moments={"a": Moments(1, torch.ones(2), -torch.ones(2))}), "moments a is negative"),
-    "moments that are NaN": (
-        replace(SOUND, moments={"a": Moments(1, torch.tensor(NAN), torch.tensor(1.0))}),
-        "moments a|mean",
+    "negative m2": (moments(m2=-torch.ones(6)), "moments first is negative"),
+    "moments that are NaN": (moments("norm", mean=NAN * torch.ones(6)), "moments norm|mean holds NaN or infinity"),
+    "correlations of no layer": (
+        changed("cross_moments", "temperature", torch.eye(1)),
+        "cross_moments has temperature, which is no layer of the model",
+    ),
+    "correlations of other units": (
+        changed("cross_moments", "first", torch.ones(6, 4)),
+        "cross_moments first has shape (6, 4), asked for (6, 6)",
+    ),
+    "correlations in float64": (
+        changed("cross_moments", "first", torch.eye(6).double()),
+        "cross_moments first has dtype torch.float64, asked for torch.float32",
+    ),
+    "correlations beyond 1": (
+        changed("cross_moments", "first", -1.01 * torch.eye(6)),
+        "cross_moments first has a correlation beyond 1: Cauchy–Schwarz",
+    ),
+    "correlations that are NaN": (
+        changed("cross_moments", "first", NAN * torch.eye(6)),
+        "cross_moments first holds NaN or infinity",
     ),
     "no class counts": (replace(SOUND, class_counts=None), "class_counts is missing"),
     "class counts of too few": (

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from rich.cells import cell_len
+from torch import Tensor, nn
 from toys import EVERYTHING, clients
 from typer.testing import CliRunner
 
@@ -16,7 +17,9 @@ from aggregators.core.base import CohortAggregator
 from aggregators.core.exchange import Exchange, Question, collect
 from aggregators.core.flat import tensor_fields
 from aggregators.core.registry import methods
+from aggregators.core.symmetry import Symmetry
 from aggregators.core.update import GlobalModel
+from client.task import Examples, Node, Task
 from server.catalogue import answered, describe, example, upload
 from server.cli import app
 
@@ -105,7 +108,7 @@ def test_the_bytes_told_are_those_sent(kind: str) -> None:
 def test_of_every_statistic_the_bytes_told_are_those_sent(task: Any) -> None:
     question = Question(task, EVERYTHING.model_copy(update={"class_counts": False}))
     assert told(upload([question])) == sent(question)
-    assert answered(question).removeprefix("weights, ") == "Σg, Σg², 2 sketches, Σxxᵀ, Σδδᵀ, moments, Σabᵀ"
+    assert answered(question).removeprefix("weights, ") == "Σg, Σg², 2 sketches, Σxxᵀ, Σδδᵀ, moments, corr(a, b)"
 
 
 def test_an_evaluation_costs_no_bytes() -> None:
@@ -150,6 +153,90 @@ def test_a_configured_method_is_shown_with_what_it_asks_as_it_is_set() -> None:
 @pytest.mark.parametrize("arguments", [("methods", "fishr"), ("simulate", "--aggregator", "fishr")], ids=" ".join)
 def test_a_method_that_is_unknown_is_refused_with_the_nearest(arguments: tuple[str, ...]) -> None:
     assert "unknown aggregation method 'fishr' (did you mean 'fisher'?)" in printed(*arguments, code=2)
+
+
+# --- the groups of a task's network -----------------------------------------------------------------------------
+
+
+class Flattened(Task):
+    """A recurrent network and one of maps, side by side; the first layer stays with the client."""
+
+    private: ClassVar[tuple[str, ...]] = ("alone.*",)
+
+    def model(self) -> nn.Module:
+        return Beside()
+
+    def data(self, node: Node) -> tuple[Examples, Examples]:
+        raise NotImplementedError
+
+    def example(self) -> Tensor:
+        return torch.zeros(2, 3, 4)
+
+
+class Distant(Flattened):
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), Distances())
+
+
+class Fixed(Flattened):
+    def model(self) -> nn.Module:
+        return nn.Linear(4, 3)
+
+
+class Mistaken(Flattened):
+    def symmetry(self, model: nn.Module) -> Symmetry:
+        return Symmetry({"maps.bias": ("maps",)})
+
+
+class Beside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.alone, self.maps = nn.Linear(4, 5), nn.Conv1d(3, 6, 2)
+        self.cell, self.head = nn.RNN(5, 7, bidirectional=True, batch_first=True), nn.Linear(24 + 14, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.maps(nn.functional.pad(x, (0, 1))).flatten(1)
+        return self.head(torch.cat([maps, self.cell(self.alone(x))[0][:, -1]], dim=1))
+
+
+class Distances(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cdist(x, x)
+
+
+def test_the_groups_of_a_network_are_shown_with_what_they_move_and_what_stays() -> None:
+    said = printed("symmetry", "digits")
+    assert "hidden1 64 yes hidden1.weight[0], hidden1.bias[0], hidden2.weight[1]" in said
+    assert re.search(r"2 groups of 128 units, traced in \d+\.\d\d s, verified in \d+\.\d\d s\.", said)
+    assert "stay in place: hidden1.weight[1], output.weight[0], output.bias[0]." in said
+
+
+def test_groups_are_shown_in_120_columns_with_their_blocks_and_without_private_ones() -> None:
+    listed = CliRunner().invoke(app, ["symmetry", f"{__name__}:Flattened"]).output
+    assert max(map(cell_len, listed.splitlines())) <= 120
+    said = printed("symmetry", f"{__name__}:Flattened")
+    assert "maps 6 yes maps.weight[0], maps.bias[0], head.weight[1: maps × 4 + cell + cell.2]" in said
+    assert "3 groups of 20 units" in said
+    assert "alone" not in said
+
+
+def test_a_network_without_groups_is_shown_as_such() -> None:
+    assert "0 groups of 0 units" in printed("symmetry", f"{__name__}:Fixed")
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        ("digts", "unknown task 'digts' (did you mean 'digits'?)"),
+        (f"{__name__}:Distant", "1 (Distances): no rule for the operation cdist.default; give the task a `symmetry`"),
+        (
+            f"{__name__}:Mistaken",
+            "symmetry: permuting the group 'maps' changes the outputs: give the task a",
+        ),
+    ],
+)
+def test_what_has_no_groups_to_show_is_refused_with_the_reason(task: str, reason: str) -> None:
+    assert reason in printed("symmetry", task, code=2)
 
 
 def test_a_federation_is_simulated() -> None:

@@ -176,7 +176,7 @@ def test_several_faults_are_told_together_in_one_line() -> None:
 
 
 METHODS = {
-    "fedvag": "unknown aggregation method 'fedvag' (did you mean 'fedavg'?); allowed: coefficient_search, fedavg",
+    "fedvag": "unknown aggregation method 'fedvag' (did you mean 'fedavg'?); allowed: activation_matching, ",
     '{"kind": "fisher", "dampng": 0.5}': "unknown key 'dampng' (did you mean 'damping'?)",
     '{"kind": "fisher", "temper": 1.5}': "temper = 1.5: input should be less than or equal to 1",
     '{"kind": "fisher", "estimator": "guess"}': "estimator = 'guess': input should be 'exact'",

@@ -34,7 +34,7 @@ from toys import fingerprint
 import server.strategy
 from aggregators.core.base import Aggregator
 from aggregators.core.exchange import Exchange, Fold, Round, collect
-from aggregators.core.update import ClientUpdate, GlobalModel, Merged, Moments
+from aggregators.core.update import ClientUpdate, GlobalModel, Merged, Moments, Request
 from client import wire
 from server.grid import Content, Reply
 from server.strategy import MergeStrategy, round_half_up
@@ -357,6 +357,30 @@ def test_an_own_start_sends_no_params_in_the_first_exchange_of_the_first_round_o
     transport = hall(COHORT[:1])
     rounds(tmp_path, transport, TWO, rounds=2, start="own")
     assert received(transport) == [False, True, True, True]
+
+
+@pytest.mark.parametrize("compared", [False, True])
+def test_an_own_start_sends_the_model_only_to_compare_with(tmp_path: Path, compared: bool) -> None:
+    transport = hall(COHORT[:1])
+    rounds(tmp_path, transport, Comparing(compared=compared), rounds=2, start="own")
+    assert received(transport) == [False, True]
+    first, second = (wire.anchor(content) for content in transport.sent)
+    assert (first is not None) == compared
+    assert first is None or all(torch.equal(value, MODEL.params[name]) for name, value in first.items())
+    assert second is not None
+    assert "anchor" not in transport.sent[1].array_records
+
+
+class Comparing(Aggregator):
+    """Trains, and asks for correlations."""
+
+    kind: Literal["comparing"] = "comparing"
+    compared: bool
+
+    def round(self, model: GlobalModel) -> Round:
+        request = Request(cross_moments=self.compared)
+        yield from Exchange(task="train", params=model.params, request=request, fold=collect)
+        return Merged(model.params)
 
 
 class TwoTrains(Aggregator):

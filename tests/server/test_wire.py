@@ -234,6 +234,30 @@ def counting_pack(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return calls
 
 
+def test_an_anchor_crosses_beside_the_params_and_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = counting_pack(monkeypatch)
+    exchange = replace(ASKED, params=lambda client_id: {"w": torch.tensor([client_id])}, anchor={"w": torch.ones(1)})
+    content = server.wire.encode(exchange, instructions())
+    for client_id in (4, 6):
+        params, anchor = client.wire.decode(content(client_id))[1], client.wire.anchor(content(client_id))
+        assert params is not None
+        assert anchor is not None
+        assert (params["w"].tolist(), anchor["w"].tolist()) == ([client_id], [1.0])
+    assert sum(call is exchange.anchor for call in packed) == 1
+
+
+@pytest.mark.parametrize(
+    ("params", "anchor", "expected"), [(1.0, None, 1.0), (None, 2.0, 2.0), (1.0, 2.0, 2.0), (None, None, None)]
+)
+def test_a_client_compares_with_the_anchor_or_else_with_what_it_received(
+    params: float | None, anchor: float | None, expected: float | None
+) -> None:
+    sent = [None if value is None else {"w": torch.tensor(value)} for value in (params, anchor)]
+    message = server.wire.encode(replace(ASKED, params=sent[0], anchor=sent[1]), instructions())(1)
+    found = client.wire.anchor(message)
+    assert (found and found["w"].item()) == expected
+
+
 def test_a_client_refuses_a_server_of_another_version() -> None:
     message = server.wire.encode(ASKED, instructions())(1)
     message.config_records["manifest"]["version"] = 99

@@ -1,0 +1,1 @@
+"""Methods that bring clients into one basin before they are merged."""
