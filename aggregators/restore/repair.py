@@ -18,6 +18,7 @@ from ..core.update import ClientUpdate, GlobalModel, Gradients, Merged, Moments,
 from . import Unaligned
 
 ROUNDING = 2**-24  # relative, of statistics in float32: what differs by less does not differ
+FLOOR = 0.25  # of the variance by the clients' covariances: what follows from the merge's goes no lower
 
 
 class Channels(NamedTuple):
@@ -27,16 +28,44 @@ class Channels(NamedTuple):
     std: Tensor
 
 
-class Inputs(NamedTuple):
-    """Mean and covariance of x̃ = [x, 1], what a layer's matrix multiplies: float64, (in + 1,) and (in + 1, in + 1)."""
+class Joint(NamedTuple):
+    """Mean and covariance, float64, of what a layer's matrix multiplies, x̃ = [x, 1], (in + 1,), or of what it makes."""
 
     mean: Tensor
     covariance: Tensor
 
-    def through(self, matrix: Tensor) -> Channels:
-        """W̃ x̄ and √diag(W̃ C W̃ᵀ)."""
-        variance = ((matrix @ self.covariance) * matrix).sum(1)
-        return Channels(matrix @ self.mean, variance.clamp(min=0).sqrt())
+    @property
+    def channels(self) -> Channels:
+        """Each by itself."""
+        return Channels(self.mean, self.covariance.diagonal().clamp(min=0).sqrt())
+
+    def through(self, matrix: Tensor) -> Joint:
+        """W̃ x̄ and W̃ C W̃ᵀ."""
+        return Joint(matrix @ self.mean, matrix @ self.covariance @ matrix.mT)
+
+    def scaled(self, factor: Tensor) -> Joint:
+        """Each times a number."""
+        return Joint(factor * self.mean, torch.outer(factor, factor) * self.covariance)
+
+    def at_least(self, variance: Tensor) -> Joint:
+        """With variances no smaller than these."""
+        lack = (variance - self.covariance.diagonal()).clamp(min=0)
+        return Joint(self.mean, self.covariance + torch.diag(lack))
+
+    def following(self, before: Joint, after: Joint) -> Joint:
+        """What x̃ becomes when the z that x = φ(z) comes from covary as `after` and no longer as `before`.
+
+        C_ij + α s_i s_j (after_ij − before_ij) for i ≠ j, s_i = √(C_ii / before_ii), α in [0, 1] the slope of the C_ij
+        over the s_i s_j before_ij, by least squares; a linear φ has α = 1.
+        """
+        units = len(before.mean)
+        own = self.covariance[:units, :units]
+        ratio = (own.diagonal() / before.covariance.diagonal()).clamp(min=0).sqrt().nan_to_num(0, 0, 0)
+        was, now = (_off_diagonal(z.scaled(ratio).covariance) for z in (before, after))
+        slope = ((_off_diagonal(own) * was).sum() / was.square().sum()).nan_to_num(0).clamp(0, 1)
+        moved = self.covariance.clone()
+        moved[:units, :units] += slope * (now - was)
+        return Joint(self.mean, moved)
 
 
 class Gap(NamedTuple):
@@ -62,7 +91,7 @@ class Unit(NamedTuple):
     writes: frozenset[str]
 
 
-Known: TypeAlias = tuple[Channels, Inputs]  # what a layer is to put out, and what enters it
+Known: TypeAlias = tuple[Joint, Joint]  # what enters a layer in the clients' models, and what it puts out
 Ends: TypeAlias = Mapping[int, Mapping[str, Channels]]  # client -> layer -> what its own model puts out
 
 
@@ -75,16 +104,18 @@ class Repair(Aggregator):
     averaged alike, so that one model held by all stays as it is whatever their data. A channel that is dead in every
     client, std_goal = 0, ends constant; where no bias trains only W is scaled.
     `gram`: from the Gram matrices of layers' inputs, in one shot: with x̄ and C the means over clients of mean and
-    covariance, mean = W x̄ + b and var = diag(W C Wᵀ); exact in the first layer, and further on as far as repaired
-    inputs covary as the clients' did. `exact`: the merge's moments are measured, in one exchange for every level of
-    layers, after all before it was repaired.
+    covariance, mean = W x̄ + b and var = diag(W C Wᵀ), exact in the first layer. Further on the repaired inputs have the
+    clients' means and variances but covary more, since averaging keeps what units have in common: where a layer reads
+    the units of one other, C follows how these covary in the merge, which is known, with the slope at which it follows
+    it in the clients; var is taken to be a quarter of what the clients' C gives, or more. `exact`: the merge's moments
+    are measured, in one exchange for every level of layers, after all before it was repaired.
     Repaired are layers whose outputs are units of the network's symmetry, so not the last, and not those whose units
     have running statistics: resetting these by `batch_norm` with source `measure` is their repair, and stands outside
     this one where a network has both. In `gram`, layers without Gram matrices stay.
     Source: Jordan et al. 2023, "REPAIR: REnormalizing Permuted Activations for Interpolation Repair"; more than two
-    clients, and `gram`, are this project's. O(out · in²) a layer and client with a float64 Gram matrix a layer in
-    memory, or if `exact` two numbers a channel of every client. Metrics: `repaired_layers`, and of their channels' g
-    `largest_factor`, `mean_factor`, `capped_share` and `dead_share`.
+    clients, and `gram`, are this project's. O(out · in²) a layer and client with float64 matrices of in² and out² a
+    layer in memory, or if `exact` two numbers a channel of every client. Metrics: `repaired_layers`, and of their
+    channels' g `largest_factor`, `mean_factor`, `capped_share` and `dead_share`.
     """
 
     kind: Literal["repair"] = "repair"
@@ -116,12 +147,16 @@ class Repair(Aggregator):
         return merged
 
     def _in_one_shot(self, model: GlobalModel, units: Sequence[Unit]) -> Round:
-        merged, known = yield from tee(self.inner.round(model), self._gathered(model, units), self._asked)
-        gaps = {
-            name: Gap(goal, inputs.through(layer(model, name).matrix(merged.params)))
-            for name, (goal, inputs) in known.items()
-        }
-        params, factors = self._rescaled(model, merged.params, gaps)
+        merged, known = yield from tee(self.inner.round(model), _gathered(model, units), self._asked)
+        params, factors, ends = merged.params, list[Tensor](), dict[str, tuple[Joint, Joint]]()
+        for unit in (unit for unit in units if unit.name in known):
+            inputs, goal = known[unit.name]
+            matrix = layer(model, unit.name).matrix(params)
+            plain = inputs.through(matrix)
+            now = _entering(unit, units, inputs, ends).through(matrix).at_least(FLOOR * plain.covariance.diagonal())
+            params, found = self._rescaled(model, params, {unit.name: Gap(goal.channels, now.channels)})
+            ends[unit.name] = goal, now.scaled(*found)
+            factors += found
         return self._repaired(merged, params, factors)
 
     def _level_by_level(self, model: GlobalModel, units: Sequence[Unit]) -> Round:
@@ -158,27 +193,6 @@ class Repair(Aggregator):
     @property
     def _power(self) -> int:
         return 2 if self.goal == "within" else 1
-
-    def _gathered(self, model: GlobalModel, units: Sequence[Unit]) -> Fold[SumState, dict[str, Known]]:
-        """Of each layer, what it is to put out, and what enters it."""
-
-        def accumulate(state: SumState, update: ClientUpdate) -> SumState:
-            for name in (unit.name for unit in units if unit.name in update.gram):
-                found = layer(model, name)
-                inputs = _inputs(found, update.gram[name])
-                self._add(state, "goal", name, update, inputs.through(found.matrix(update.params)))
-                for sum, value in inputs._asdict().items():
-                    state.add(Term(sum, name, update.num_examples, value))
-            return state
-
-        def finalize(state: SumState) -> dict[str, Known]:
-            means, covariances = (state.sums.get(sum, {}) for sum in Inputs._fields)
-            return {
-                name: (self._mean(state, "goal", name), Inputs(means[name].mean(), covariances[name].mean()))
-                for name in means
-            }
-
-        return Fold(init=SumState, accumulate=accumulate, combine=SumState.combine, finalize=finalize)
 
     def _compared(self, ends: Ends, level: Sequence[str]) -> Fold[SumState, dict[str, Gap]]:
         """What these layers are to put out, and do, by the clients that know both."""
@@ -249,6 +263,41 @@ def _levels(units: Sequence[Unit]) -> Iterator[list[str]]:
         yield level
 
 
+def _gathered(model: GlobalModel, units: Sequence[Unit]) -> Fold[SumState, dict[str, Known]]:
+    """Of each layer what enters it and what it puts out, as means over clients of means and covariances."""
+
+    def accumulate(state: SumState, update: ClientUpdate) -> SumState:
+        for name in (unit.name for unit in units if unit.name in update.gram):
+            found = layer(model, name)
+            inputs = _inputs(found, update.gram[name])
+            for side, joint in (("in", inputs), ("out", inputs.through(found.matrix(update.params)))):
+                for part, value in joint._asdict().items():
+                    state.add(Term(f"{side} {part}", name, update.num_examples, value))
+        return state
+
+    def finalize(state: SumState) -> dict[str, Known]:
+        def joint(side: str, name: str) -> Joint:
+            return Joint(*(state.sums[f"{side} {part}"][name].mean() for part in Joint._fields))
+
+        return {name: (joint("in", name), joint("out", name)) for name in state.sums.get("in mean", {})}
+
+    return Fold(init=SumState, accumulate=accumulate, combine=SumState.combine, finalize=finalize)
+
+
+def _entering(unit: Unit, units: Sequence[Unit], inputs: Joint, ends: Mapping[str, tuple[Joint, Joint]]) -> Joint:
+    """What enters a layer of the merge: as in the clients, but where it reads the units of one layer before it."""
+    before = [other.name for other in units if other.writes & unit.reads]
+    if len(before) != 1 or before[0] not in ends:
+        return inputs
+    own, merged = ends[before[0]]
+    alike = len(own.mean) in (len(inputs.mean), len(inputs.mean) - 1)
+    return inputs.following(own, merged) if alike else inputs
+
+
+def _off_diagonal(matrix: Tensor) -> Tensor:
+    return matrix - torch.diag(matrix.diagonal())
+
+
 def _ends(units: Sequence[Unit]) -> Fold[dict[int, dict[str, Channels]], Ends]:
     """What each client's own model puts out; kept apart, so that a client silent later on is missing on both sides."""
 
@@ -264,9 +313,9 @@ def _channels(moments: Moments) -> Channels:
     return Channels(moments.mean.to(torch.float64, copy=True), variance.sqrt())
 
 
-def _inputs(layer: Layer, gram: Tensor) -> Inputs:
+def _inputs(layer: Layer, gram: Tensor) -> Joint:
     """Of one client's layer, from Σ x̃ x̃ᵀ."""
     num = gram[-1, -1].clamp(min=1)
     square = layer.gram(gram, 1.0) / num
     mean = gram[: len(square), -1].double() / num
-    return Inputs(mean, square - torch.outer(mean, mean))
+    return Joint(mean, square - torch.outer(mean, mean))

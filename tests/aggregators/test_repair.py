@@ -19,7 +19,7 @@ from aggregators.core.exchange import Exchange, Question, run
 from aggregators.core.registry import parse
 from aggregators.core.symmetry import Concat, Product, Symmetry
 from aggregators.core.update import ClientUpdate, GlobalModel, Gradients, Merged, Moments, Request, Tensors
-from aggregators.restore.repair import Repair
+from aggregators.restore.repair import Joint, Repair
 from aggregators.weight_average.fedavg import FedAvg
 from aggregators.weight_average.fisher import Fisher
 from server import loopback
@@ -75,6 +75,14 @@ CONV = Network(
     ),
     ("0", "2", "5"),
     (2, 6, 6),
+)
+DEEP = Network(
+    nn.Sequential(
+        nn.Linear(10, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 3)
+    ),
+    MLP.symmetry,
+    MLP.layers,
+    (10,),
 )
 NETWORKS = pytest.mark.parametrize("network", [MLP, CONV], ids=["mlp", "conv"])
 MODES = pytest.mark.parametrize(
@@ -219,23 +227,68 @@ def test_in_the_first_layer_gram_repair_is_exact_repair(network: Network) -> Non
     assert not torch.allclose(gram["2.weight"], exact["2.weight"])
 
 
+def chained(c: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """The inputs' covariance when what they come from covaries as `after`, entry by entry."""
+    pairs = [(i, j) for i in range(len(c)) for j in range(len(c)) if i != j]
+    scale = {(i, j): np.sqrt(c[i, i] * c[j, j] / (before[i, i] * before[j, j])) for i, j in pairs}
+    x, y = np.array([scale[pair] * before[pair] for pair in pairs]), np.array([c[pair] for pair in pairs])
+    slope = min(1.0, max(0.0, np.linalg.lstsq(x[:, None], y, rcond=None)[0][0]))
+    moved = c.copy()
+    for pair in pairs:
+        moved[pair] += slope * scale[pair] * (after[pair] - before[pair])
+    return moved
+
+
 @NETWORKS
 def test_gram_repair_is_the_formula_in_every_layer(network: Network) -> None:
     sites = cohort(network)
     merged, plain = repaired(network, sites).params, averaged(network, sites)
     weights = np.array([len(site.x) for site in sites]) / sum(len(site.x) for site in sites)
+    ends: tuple[np.ndarray, np.ndarray] | None = None
     for layer in network.layers:
         target_mean, target_std = (part.numpy() for part in put_out(sites, layer, None))
-        rows = [site.watched(site.params)[layer][0][:, :-1].numpy() for site in sites]
+        seen = [[part.numpy() for part in site.watched(site.params)[layer]] for site in sites]
+        rows, out = [x[:, :-1] for x, _ in seen], [z for _, z in seen]
         mean = sum(w * x.mean(0) for w, x in zip(weights, rows, strict=True))
-        covariance = sum(w * np.cov(x.T, bias=True) for w, x in zip(weights, rows, strict=True))
+        spread, own = (
+            sum(w * np.cov(x.T, bias=True) for w, x in zip(weights, part, strict=True)) for part in (rows, out)
+        )
+        covariance = chained(spread, *ends) if ends is not None and len(ends[0]) == len(spread) else spread
         weight = plain[f"{layer}.weight"].numpy()
-        for unit, row in enumerate(weight.reshape(len(weight), -1)):
-            g = min(target_std[unit] / np.sqrt(row @ covariance @ row), 10.0)
-            np.testing.assert_allclose(merged[f"{layer}.weight"][unit].flatten(), g * row, rtol=1e-9)
+        flat = weight.reshape(len(weight), -1)
+        factors = []
+        for unit, row in enumerate(flat):
+            var = max(row @ covariance @ row, 0.25 * (row @ spread @ row))
+            factors.append(min(target_std[unit] / np.sqrt(var), 10.0))
+            np.testing.assert_allclose(merged[f"{layer}.weight"][unit].flatten(), factors[-1] * row, rtol=1e-9)
             if f"{layer}.bias" in plain:
-                bias = target_mean[unit] - g * (row @ mean)
+                bias = target_mean[unit] - factors[-1] * (row @ mean)
                 np.testing.assert_allclose(merged[f"{layer}.bias"][unit], bias, rtol=1e-9, atol=1e-9)
+        ends = own, np.outer(factors, factors) * (flat @ covariance @ flat.T)
+
+
+def test_gram_repair_follows_how_averaged_units_covary() -> None:
+    """Units of merged layers covary more than any client's; that the variance further on is met shows it was seen."""
+    network, sites = DEEP, [Site(i, DEEP, drawn(DEEP, i), data(DEEP, 0, 400)) for i in range(5)]
+    merged = repaired(network, sites).params
+    for layer in network.layers:
+        goal, now = (put_out(sites, layer, params)[1].square().mean() for params in (None, merged))
+        assert float(now / goal) == pytest.approx(1.0, abs=0.1)
+
+
+def test_where_the_merges_covariance_leaves_a_channel_no_variance_its_factor_is_bounded() -> None:
+    inputs = Joint(torch.zeros(2).double(), torch.tensor([[1.0, 0.5], [0.5, 1.0]]).double())
+    before, after = inputs, Joint(torch.zeros(2).double(), torch.tensor([[1.0, 1.5], [1.5, 1.0]]).double())
+    row = torch.tensor([[1.0, -1.0]]).double()
+    plain, moved = inputs.through(row), inputs.following(before, after).through(row)
+    assert moved.covariance.item() < 0
+    assert moved.at_least(0.25 * plain.covariance.diagonal()).channels.std.item() == pytest.approx(0.5)
+
+
+def test_inputs_that_do_not_follow_the_units_before_them_keep_their_covariance() -> None:
+    inputs = Joint(torch.zeros(3), torch.eye(3).double())
+    before, after = (Joint(torch.zeros(3), torch.eye(3).double() + c) for c in (0.2, 0.9))
+    assert torch.equal(inputs.following(before, after).covariance, inputs.covariance)
 
 
 def test_on_shared_data_it_is_the_papers_reset_of_inserted_batch_norms() -> None:
