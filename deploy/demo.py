@@ -49,7 +49,6 @@ DEMOS = {
         f"Digits, {CLIENTS} clients that start from {CLIENTS} initialisations",
         {
             "FedAvg": {"kind": "fedavg"},
-            "Git Re-Basin": {"kind": "git_rebasin", "inner": "fedavg"},
             "activation matching": {"kind": "activation_matching", "inner": "fedavg"},
             "Git Re-Basin, √Fisher, REPAIR": ALIGNED,
         },
@@ -136,14 +135,15 @@ def curve(result: Mapping[str, Any], key: str) -> list[float]:
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A row per method: accuracies of the last model, bytes per round, replies left out."""
-    rows = Table("method", "accuracy", "worst client", "spread", "server", "MB a round", "left out")
+    """A row per method: accuracies after the first round and of the last model, bytes per round, replies left out."""
+    rows = Table("method", "after round 1", "accuracy", "worst client", "spread", "server", "MB a round", "left out")
     for name, result in results.items():
         records = result["records"]
         exchanges: Sequence[Mapping[str, Any]] = [exchange for record in records for exchange in record["exchanges"]]
         traffic = sum(exchange["bytes_in"] + exchange["bytes_out"] for exchange in exchanges)
         rows.add_row(
             name,
+            f"{curve(result, 'accuracy')[1]:.3f}",
             *(f"{result['final'][key]:.3f}" for key in ("accuracy", "worst", "spread")),
             f"{records[-1]['test']['accuracy']:.3f}",
             f"{traffic / len(records) / 1e6:.2f}",
@@ -163,7 +163,7 @@ def plot(title: str, results: Mapping[str, Mapping[str, Any]], path: Path) -> Pa
         (line,) = axes.plot(curve(result, "accuracy"), marker="o", label=name)
         axes.plot(curve(result, "worst"), linestyle="--", marker=".", color=line.get_color())
     axes.set(xlabel="rounds finished", ylabel="accuracy on the clients' validation data", ylim=(0, 1))
-    axes.set_title(f"{title} (solid: mean, dashed: worst client)")
+    axes.set_title(f"{title}\n(solid: mean, dashed: worst client)", fontsize="medium")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()

