@@ -107,13 +107,13 @@ SAME_MODEL: dict[str, dict[str, Any]] = {
     "kfac": {"kind": "kfac"},
     "wise_ft": {"kind": "wise_ft", "inner": "fisher", "weighting": "fisher"},
     "git_rebasin, repair": {"kind": "git_rebasin", "inner": {"kind": "repair", "inner": "fisher"}},
-    "activation_matching": {"kind": "activation_matching", "inner": "fedavg"},
+    "activation_matching of regmean": {"kind": "activation_matching", "inner": "regmean"},
     "batch_norm": {"kind": "batch_norm", "inner": "fedavg", "source": "measure"},
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "fedavgm of fisher": {"rounds": 2},
     "git_rebasin, repair": {"start": "own"},
-    "activation_matching": {"start": "own"},
+    "activation_matching of regmean": {"start": "own"},
     "batch_norm": {"task": json.dumps({"kind": "digits", "architecture": "convnet_bn"})},
 }
 
