@@ -23,7 +23,7 @@ demo-alignment: $(VENV)/ready ## the same, of clients whose networks start from 
 	$(BIN)/python -m deploy.demo alignment
 
 test: $(VENV)/ready        ## quick tests, under 5 minutes
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-slow: $(VENV)/ready   ## federations of real processes, and Flower's simulation
 	$(BIN)/python -m pytest -m slow
