@@ -97,6 +97,19 @@ class Symmetry:
         sizes = self.sizes(params)
         return {name: _permuted(value, self._powers(name), permutation, sizes) for name, value in params.items()}
 
+    def take(self, params: Tensors, units: Permutation) -> dict[str, Tensor]:
+        """The tensors of these units of each group, in this order; groups without an index stay."""
+        sizes = self.sizes(params)
+        return {name: _taken(value, self.axes.get(name, ()), units, sizes) for name, value in params.items()}
+
+    def put(self, params: Tensors, units: Permutation, sizes: Sizes) -> dict[str, Tensor]:
+        """The tensors of a network of `sizes` whose units at these places are those given, 0 elsewhere.
+
+        `take` undoes it. Groups without places stay, those with some are as large as `sizes` says.
+        """
+        own = self.sizes(params)
+        return {name: _put(value, self.axes.get(name, ()), units, own, sizes) for name, value in params.items()}
+
     def scale(self, params: Tensors, factors: Mapping[str, Tensor], power: int = 1) -> dict[str, Tensor]:
         """The tensors with each unit of these groups multiplied where it is brought forth, divided where it is read.
 
@@ -171,6 +184,23 @@ def _permuted(value: Tensor, axes: Powers, permutation: Permutation, sizes: Size
     return value
 
 
+def _taken(value: Tensor, axes: Axes, units: Permutation, sizes: Sizes) -> Tensor:
+    for axis, layout in enumerate(axes):
+        if layout is not None and any(group in units for group in groups(layout)):
+            value = value.index_select(axis, places(layout, units, sizes).to(value.device))
+    return value
+
+
+def _put(value: Tensor, axes: Axes, units: Permutation, own: Sizes, sizes: Sizes) -> Tensor:
+    grown = {**own, **{group: sizes[group] for group in units}}
+    for axis, layout in enumerate(axes):
+        if layout is not None and any(group in units for group in groups(layout)):
+            shape = [*value.shape[:axis], size(layout, grown), *value.shape[axis + 1 :]]
+            where = places(layout, units, grown).to(value.device)
+            value = value.new_zeros(shape).index_copy(axis, where, value)
+    return value
+
+
 def _scaled(value: Tensor, axes: Powers, factors: Mapping[str, Tensor], sizes: Sizes) -> Tensor:
     for axis, (layout, power) in enumerate(axes):
         if power and any(group in factors for group in groups(layout)):
@@ -216,18 +246,25 @@ def size(layout: Layout, sizes: Sizes) -> int:
 
 def index(layout: Layout, permutation: Permutation, sizes: Sizes) -> Tensor:
     """Which entry of an axis comes to each place when its groups are permuted."""
-    if isinstance(layout, int) or (isinstance(layout, str) and layout not in permutation):
+    for group in groups(layout):
+        if group in permutation and len(permutation[group]) != size(group, sizes):
+            raise ValueError(f"symmetry: {len(permutation[group])} places for the {sizes[group]} units of {group!r}")
+    return places(layout, permutation, sizes)
+
+
+def places(layout: Layout, units: Permutation, sizes: Sizes) -> Tensor:
+    """Where the entries of these units are on an axis of a network of `sizes`."""
+    if isinstance(layout, str) and layout in units:
+        return units[layout].cpu()
+    if isinstance(layout, int | str):
         return torch.arange(size(layout, sizes))
-    if isinstance(layout, str):
-        if len(permutation[layout]) != size(layout, sizes):
-            raise ValueError(f"symmetry: {len(permutation[layout])} places for the {sizes[layout]} units of {layout!r}")
-        return permutation[layout].cpu()
-    whole, *parts = (index(part, permutation, sizes) for part in layout.parts)
-    for part in parts:
+    whole, start = torch.zeros(1 if isinstance(layout, Product) else 0, dtype=torch.int64), 0
+    for part in layout.parts:
+        entries = places(part, units, sizes)
         if isinstance(layout, Product):
-            whole = (whole[:, None] * len(part) + part).flatten()
+            whole = (whole[:, None] * size(part, sizes) + entries).flatten()
         else:
-            whole = torch.cat([whole, part + len(whole)])
+            whole, start = torch.cat([whole, start + entries]), start + size(part, sizes)
     return whole
 
 
