@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
+from aggregators.core.fitting import fit
 from aggregators.core.flat import pack, unpack
 from aggregators.core.registry import validated
 from aggregators.core.seed import derive_seed
@@ -36,7 +37,7 @@ def answer(message: Message, context: Context) -> Message:
 def respond(content: RecordDict, context: Context) -> RecordDict:
     """The encoded update that answers `content`; private parameters stay behind in `context.state`."""
     asked, received = decode(content)
-    task, who = parse(asked.task), identity(context.node_config, context.node_id)
+    task, who = parse(asked.task).at(context.node_config), identity(context.node_config, context.node_id)
     model = _model(task, asked, received, who)
     _restore_private(task, model, context.state, asked.round)
     training, validation = task.data(context.node_config)
@@ -65,7 +66,7 @@ def _model(task: Task, asked: Instructions, received: Tensors | None, who: str) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(asked.seed, "initial", who if received is None else ""))
         model = task.model()
-    load(model, received or {})
+    load(fit(model, received or {}), received or {})
     return model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, Self, TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -27,13 +27,23 @@ class Task(BaseModel, ABC):
     Fields of a subclass are its options, settable in the configuration. `num_classes` is the number of labels of a
     classification task, whose outputs are (batch, num_classes) scores; None for any other task, which then can
     estimate gradient statistics from its own targets only (`empirical`). Parameters whose name matches a pattern in
-    `private` (shell wildcards) never leave the client.
+    `private` (shell wildcards) never leave the client. Options in `local`, such as a width, each client may set for
+    itself.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_classes: ClassVar[int | None] = None
     private: ClassVar[tuple[str, ...]] = ()
+    local: ClassVar[tuple[str, ...]] = ()
+
+    def at(self, node: Node) -> Self:
+        """The task with the options that this client sets for itself: `task.OPTION` in its node configuration."""
+        own = {key.removeprefix("task."): value for key, value in node.items() if key.startswith("task.")}
+        if refused := own.keys() - {*self.local}:
+            allowed = ", ".join(self.local) or "none"
+            raise ValueError(f"task.{min(refused)}: a client may set for itself {allowed} of {type(self).__name__}")
+        return validated(type(self), {**self.model_dump(), **own}) if own else self
 
     @abstractmethod
     def model(self) -> nn.Module:

@@ -30,6 +30,15 @@ def admit(update: ClientUpdate, exchange: Exchange[Any], model: GlobalModel, max
         raise Rejected(one_line(reason))
 
 
+def resized(model: GlobalModel, params: Tensors) -> Tensors:
+    """θ_t's tensors at the widths of `params`; Rejected, in one line, where these are widths of no such network."""
+    assert model.symmetry is not None
+    try:
+        return model.symmetry.resized(model.params, params)
+    except ValueError as error:
+        raise Rejected(one_line(str(error))) from None
+
+
 def _faults(update: ClientUpdate, exchange: Exchange[Any], model: GlobalModel, max_examples: int) -> Iterator[str]:
     """Every reason to leave the update out, the structural ones first: later checks rely on earlier ones."""
     if not 1 <= update.num_examples <= max_examples:

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from aggregators.core.base import Aggregator
 from aggregators.core.exchange import Exchange
+from aggregators.core.fitting import fit, refuse_unless_resizable
 from aggregators.core.registry import validated
 from aggregators.core.seed import derive_seed
 from aggregators.core.symmetry import Symmetry
@@ -49,9 +50,12 @@ def federate(
     ledger = Ledger(folder, settings.checkpoints, settings.keep_replies)
     if settings.resume and ledger.latest() is None:
         raise ValueError(f"resume = {settings.resume!r}: no finished round there; give a run's folder, or nothing")
-    model = ledger.restore(global_model(task, settings))
-    if "symmetry" in _needs(settings.aggregator):
-        model = replace(model, symmetry=symmetry(task, model))
+    model = global_model(task, settings)
+    if "symmetry" in settings.aggregator.needed():
+        model = replace(model, symmetry=(found := symmetry(task, model)))
+        if "widths" in settings.aggregator.needed():
+            refuse_unless_resizable(found, task.model(), task.example())
+    model = ledger.restore(model)
     _refuse_unless_able(settings.aggregator, task, settings, model)
     ledger.note("settings", settings.model_dump(mode="json", by_alias=True))
     size = sum(tensor.numel() for tensor in model.params.values())
@@ -96,17 +100,13 @@ def symmetry(task: Task, model: GlobalModel) -> Symmetry:
     return found
 
 
-def _needs(aggregator: Aggregator) -> frozenset[str]:
-    return frozenset[str]().union(*(part.needs for part in aggregator.parts()))
-
-
 def _probe(task: Task) -> Probe | None:
     if (examples := task.test_data()) is None:
         return None
     module = task.model()
 
     def measured(params: Tensors) -> Mapping[str, float]:
-        load(module, params)
+        load(fit(module, params), params)
         return evaluate(task, module, examples)
 
     return Probe(loss=lambda params: measured(params)["loss"], score=lambda params: measured(params)["accuracy"])
@@ -119,7 +119,7 @@ def _refuse_unless_able(aggregator: Aggregator, task: Task, settings: Settings, 
 
 
 def _lacks(aggregator: Aggregator, task: Task, settings: Settings, model: GlobalModel) -> Iterator[str]:
-    needs = _needs(aggregator)
+    needs = aggregator.needed()
     if "shared_start" in needs and settings.start != "shared":
         yield f"it measures steps from the server's model: start = {settings.start!r} must be 'shared'"
     if "probe" in needs and model.probe is None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -61,7 +60,7 @@ class Ledger:
             return model
         with safe_open(self._model(latest), framework="pt", device=str(model.device)) as file:
             state = _filled(json.loads(file.metadata()["outline"]), file.get_tensor)
-        if _shapes(state["params"]) != _shapes(model.params):
+        if not _of(state["params"], model):
             raise ValueError(f"the model in {self._model(latest)} is of another task: start a new run")
         return replace(model, **state, round=latest)
 
@@ -168,5 +167,12 @@ def _filled(outline: Any, tensor: Callable[[str], Tensor], path: tuple[str, ...]
     return tensor(_key(path)) if outline is None else outline
 
 
-def _shapes(params: Tensors) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in params.items()}
+def _of(params: Tensors, model: GlobalModel) -> bool:
+    """Whether these are tensors of the model's network, of any width where its symmetry is known."""
+    if params.keys() != model.params.keys():
+        return False
+    try:
+        expected = model.params if model.symmetry is None else model.symmetry.resized(model.params, params)
+    except ValueError:
+        return False
+    return all(tensor.shape == expected[name].shape for name, tensor in params.items())

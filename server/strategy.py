@@ -17,7 +17,7 @@ from aggregators.core.seed import derive_seed
 from aggregators.core.tensors import like
 from aggregators.core.update import ClientUpdate, GlobalModel, Merged
 
-from .admission import Rejected, admit, all_finite
+from .admission import Rejected, admit, all_finite, resized
 from .grid import Reply, Transport
 from .ledger import Ledger
 from .settings import Settings
@@ -181,7 +181,7 @@ class MergeStrategy:
         try:
             update = self._decoded(answer, note) if isinstance(answer, Reply) else answer
             with note.timed("admission"):
-                admit(update, exchange, model, self.settings.max_examples)
+                admit(update, exchange, self._expected(update, exchange, model), self.settings.max_examples)
             self._admitted(note, update)
         except (Rejected, Malformed) as error:
             client, reason = str(answer.client_id), one_line(str(error))
@@ -189,6 +189,15 @@ class MergeStrategy:
             self.telemetry.left_out(model.round, client, reason)
             return None
         return update
+
+    def _expected(self, update: ClientUpdate, exchange: Exchange[Any], model: GlobalModel) -> GlobalModel:
+        """θ_t in the shapes that this client's reply is to have: of what it was sent, or of its own."""
+        sent = exchange.sent(update.client_id)
+        if sent is not None:
+            return replace(model, params=sent)
+        if "widths" in self.aggregator.needed() and model.symmetry is not None:
+            return replace(model, params=resized(model, update.params))
+        return model
 
     def _decoded(self, reply: Reply, note: ExchangeRecord) -> ClientUpdate:
         if reply.content is None:

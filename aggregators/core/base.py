@@ -51,6 +51,11 @@ class Aggregator(BaseModel, ABC):
                 yield from part.parts()
 
     @final
+    def needed(self) -> frozenset[str]:
+        """What it and those within it need."""
+        return frozenset[str]().union(*(part.needs for part in self.parts()))
+
+    @final
     def aggregate(self, model: GlobalModel, updates: Iterable[ClientUpdate]) -> Merged:
         """A one-exchange round in one call; ValueError for a method that asks its clients more than once."""
         cohorts = iter([updates])

@@ -110,6 +110,11 @@ class Symmetry:
         own = self.sizes(params)
         return {name: _put(value, self.axes.get(name, ()), units, own, sizes) for name, value in params.items()}
 
+    def resized(self, model: Tensors, params: Tensors) -> dict[str, Tensor]:
+        """The model's tensors as `params` size its groups, without values; ValueError where these contradict."""
+        own, sizes = self.sizes(model), self.sizes({name: params[name] for name in model if name in params})
+        return {name: _resized(value, self.axes.get(name, ()), {**own, **sizes}) for name, value in model.items()}
+
     def scale(self, params: Tensors, factors: Mapping[str, Tensor], power: int = 1) -> dict[str, Tensor]:
         """The tensors with each unit of these groups multiplied where it is brought forth, divided where it is read.
 
@@ -182,6 +187,14 @@ def _permuted(value: Tensor, axes: Powers, permutation: Permutation, sizes: Size
         if layout is not None and any(group in permutation for group in groups(layout)):
             value = value.index_select(axis, index(layout, permutation, sizes).to(value.device))
     return value
+
+
+def _resized(value: Tensor, axes: Axes, sizes: Sizes) -> Tensor:
+    layouts = [*axes, *[None] * (value.ndim - len(axes))]
+    shape = [
+        length if layout is None else size(layout, sizes) for layout, length in zip(layouts, value.shape, strict=True)
+    ]
+    return torch.empty(shape, dtype=value.dtype, device="meta")
 
 
 def _taken(value: Tensor, axes: Axes, units: Permutation, sizes: Sizes) -> Tensor:

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import ClassVar, Literal, final
 
 import numpy as np
+from pydantic import Field
 from torch import nn
 
 from client.tasks.architectures import convnet_bn, mlp
@@ -23,11 +24,14 @@ class Digits(Images):
     shape: ClassVar[tuple[int, int]] = (8, 8)
     white: ClassVar[int] = 16
 
+    local: ClassVar[tuple[str, ...]] = ("hidden",)
+
     architecture: Literal["mlp", "convnet_bn"] = "mlp"
+    hidden: int = Field(default=64, ge=1)
 
     def model(self) -> nn.Module:
-        """A perceptron with hidden layers of 64 and 64 (8,970 parameters), or `convnet_bn` (6,186)."""
-        return mlp(64, 64, 64, 10) if self.architecture == "mlp" else convnet_bn(side=8)
+        """A perceptron with two hidden layers of `hidden` units (64: 8,970 parameters), or `convnet_bn` (6,186)."""
+        return mlp(64, self.hidden, self.hidden, 10) if self.architecture == "mlp" else convnet_bn(side=8)
 
     def train_set(self) -> Labelled:
         """All but the test set."""
