@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def _faults(update: ClientUpdate, exchange: Exchange[Any], model: GlobalModel, m
     yield from _counts(update, asked)
     yield from _layerwise(update, asked)
     yield from _moments(update, model)
-    yield from _correlations(update, model)
+    yield from _correlations(update, exchange, model)
     yield from _layers(update, asked, model)
     yield from _labels(update, asked)
     yield from _not_finite(tensor_fields(update))
@@ -108,11 +109,12 @@ def _moments(update: ClientUpdate, model: GlobalModel) -> Iterator[str]:
             yield from _misshapen(f"moments {layer}|{part}", value, (size,))
 
 
-def _correlations(update: ClientUpdate, model: GlobalModel) -> Iterator[str]:
+def _correlations(update: ClientUpdate, exchange: Exchange[Any], model: GlobalModel) -> Iterator[str]:
+    anchor = model if exchange.anchor is None else replace(model, params=exchange.anchor)
     for layer, matrix in update.cross_moments.items():
         if (size := channels(model, layer)) is None:
             yield f"cross_moments has {layer}, which is no layer of the model"
-        yield from _misshapen(f"cross_moments {layer}", matrix, (size, size))
+        yield from _misshapen(f"cross_moments {layer}", matrix, (size, channels(anchor, layer)))
 
 
 def _misshapen(what: str, value: Tensor, shape: tuple[int | None, ...]) -> Iterator[str]:

@@ -25,8 +25,8 @@ class FedMA(Nonparametric):
     lost on the way leaves the pass, its matched units stay. Clients may have any widths, and keep theirs: the next
     round sends each the units that its own were matched to. Of the clients the server holds what is not matched.
 
-    The defaults are corrected: precisions go by examples, atoms are not shrunk towards 0, and with γ = 1 no copy of a
-    unit is a new one. `FedMA.paper(epochs)` has the published values.
+    The defaults are corrected: precisions go by examples, atoms are not shrunk towards 0, σ and σ0 are in units of the
+    weights' own scale, and no copy of a unit is a new one. `FedMA.paper(epochs)` has the published values.
     Source: Wang et al. 2020, "Federated Learning with Matched Averaging", section 2 and algorithm 1; matching of
     Yurochkin et al. 2019. O(n² d + n³) a client, level and sweep, of n units with d weights.
     """
@@ -36,14 +36,14 @@ class FedMA(Nonparametric):
     last_learning_rate: float | None = Field(default=None, gt=0, description="of training the last layer alone")
     last_weight_decay: float | None = Field(default=None, ge=0, description="of training the last layer alone")
 
-    examples = ({"sigma": 1.0, "sigma0": 1.0, "weighted": False, "last_epochs": 3},)
+    examples = ({"relative": False, "sigma0": 1.0, "weighted": False, "last_epochs": 3},)
 
     @classmethod
     def paper(cls, epochs: int, learning_rate: float = 0.01, **settings: Any) -> Self:
         """With the values of the published experiments, for clients that train for so many epochs at this rate.
 
-        γ = 7, σ = σ0 = 1, shrunk atoms, equal precisions; the last layer is trained for three times the epochs, at a
-        tenth of the rate, with a weight decay of 1e-4.
+        γ = 7, σ = σ0 = 1 whatever the weights' scale, shrunk atoms, equal precisions; the last layer is trained for
+        three times the epochs, at a tenth of the rate, with a weight decay of 1e-4.
         """
         last = {"last_epochs": 3 * epochs, "last_learning_rate": learning_rate / 10, "last_weight_decay": 1e-4}
         return cls(**{**PAPER, **last, **settings})

@@ -20,19 +20,19 @@ class PFNM(Nonparametric):
     being matched before, and batch norms follow. The last layer is a mean by classes, Σ_k (n_kc / n_c) θ_k[c]. Clients
     may have any widths, and keep theirs: the next round sends each the units that its own were matched to.
 
-    The defaults are corrected: precisions go by examples, atoms are not shrunk towards 0, their prior is wide, and with
-    γ = 1 no copy of a unit is a new one. `PFNM.paper()` has the published values.
+    The defaults are corrected: precisions go by examples, atoms are not shrunk towards 0, their prior is wide, σ and σ0
+    are in units of the weights' own scale, and no copy of a unit is a new one. `PFNM.paper()` has the published values.
     Source: Yurochkin et al. 2019, "Bayesian Nonparametric Federated Learning of Neural Networks", section 3 and
     appendix. O(n² d + n³) a client, level and sweep, of n units with d weights.
     """
 
     kind: Literal["pfnm"] = "pfnm"
 
-    examples = ({"sigma": 1.0, "sigma0": 1.0, "weighted": False},)
+    examples = ({"relative": False, "sigma0": 1.0, "weighted": False},)
 
     @classmethod
     def paper(cls, **settings: Any) -> Self:
-        """With the values of the published experiments: γ = 7, σ = σ0 = 1, shrunk atoms, equal precisions."""
+        """With the published values: γ = 7, σ = σ0 = 1 whatever the weights' scale, shrunk atoms, equal precisions."""
         return cls(**{**PAPER, **settings})
 
     def questions(self) -> Iterator[Question]:

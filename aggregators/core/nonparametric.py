@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import lgamma, log
+from math import lgamma, log, sqrt
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
@@ -136,6 +136,13 @@ def match_units(
     return Matched(matcher.units, len(matcher.atoms.counts), objectives)
 
 
+def scaled(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The weights of all units over the root of their mean squared length, so that their scale does not matter."""
+    squares = sum(float(own.square().sum(dtype=torch.float64)) for own in weights)
+    length = sqrt(squares / sum(map(len, weights))) or 1.0
+    return [own / length for own in weights]
+
+
 class _Matcher:
     """An assignment that improves: each client's units, the atoms, and the objective."""
 
@@ -246,11 +253,19 @@ class Depth:
 
 
 class Nonparametric(Aggregator, ABC):
-    """A method that matches units by BBP-MAP: its hyper-parameters."""
+    """A method that matches units by BBP-MAP: its hyper-parameters.
+
+    The defaults are this project's. A copy of a unit never becomes a new atom, since γ ≤ 1 makes 2 log(c / (J − c))
+    more than 2 log(γ / J); how many others do depends on how different units are, not on the scale that training has
+    given them, nor on the number of clients alone, as with the published values (`PAPER`).
+    """
 
     gamma: float = Field(default=1.0, gt=0, description="how readily units stay unmatched; up to 1 no copy does")
-    sigma: float = Field(default=0.5, gt=0, description="how far clients' weights are from their atom's")
+    sigma: float = Field(default=0.6, gt=0, description="how far clients' weights are from their atom's")
     sigma0: float = Field(default=100.0, gt=0, description="how far atoms' weights are from 0")
+    relative: bool = Field(
+        default=True, description="whether σ and σ0 are in units of the mean length of units' weights"
+    )
     popularity: int = Field(default=10, ge=1, description="clients beyond which an atom is no more popular")
     max_units: int | None = Field(
         default=None, ge=1, description="bound on a group's units, beside the widest client's"
@@ -275,7 +290,10 @@ class Nonparametric(Aggregator, ABC):
         return [number * len(numbers) / sum(numbers) / self.sigma**2 for number in numbers]
 
 
-PAPER: dict[str, Any] = {"gamma": 7.0, "sigma": 1.0, "sigma0": 1.0, "shrunk": True, "weighted": False}
+PAPER: dict[str, Any] = {
+    **{"gamma": 7.0, "sigma": 1.0, "sigma0": 1.0},
+    **{"relative": False, "shrunk": True, "weighted": False},
+}
 
 
 class Pass:
@@ -346,6 +364,7 @@ class Pass:
 
     def _match(self, group: str, weights: Sequence[Tensor], precisions: Sequence[float]) -> None:
         generator = np.random.default_rng(derive_seed(self.method.seed, self.model.round, group, "matching"))
+        weights = scaled(weights) if self.method.relative else weights
         found = match_units(weights, precisions, self.method.prior, sweeps=self.method.sweeps, generator=generator)
         self.sizes[group] = found.size
         self.shared += int((torch.cat(found.units).bincount() == len(weights)).sum())

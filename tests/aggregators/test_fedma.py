@@ -325,6 +325,7 @@ def test_the_published_values_are_what_they_are_and_can_be_changed() -> None:
     assert (paper.gamma, paper.sigma, paper.sigma0, paper.sweeps, paper.max_units) == (7.0, 1.0, 1.0, 5, 500)
     assert paper.shrunk
     assert not paper.weighted
+    assert not paper.relative
     assert (paper.last_epochs, paper.last_learning_rate, paper.last_weight_decay) == (60, 0.001, 1e-4)
     assert parse(paper.model_dump_json()) == paper
 

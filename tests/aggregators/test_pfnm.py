@@ -227,9 +227,10 @@ def test_a_unit_of_one_client_is_that_clients() -> None:
             torch.testing.assert_close(taken[name], params[name])
 
 
-def test_shrunk_atoms_are_posterior_means_and_norms_are_not_shrunk() -> None:
+@pytest.mark.parametrize("relative", [True, False])
+def test_shrunk_atoms_are_posterior_means_and_norms_are_not_shrunk(relative: bool) -> None:
     params = at_random(convolutional())
-    merge = merged(PFNM(shrunk=True, sigma=1.0, sigma0=0.5, gamma=0.1), [params] * 2, CONVOLUTIONAL)
+    merge = merged(PFNM(shrunk=True, sigma=1.0, sigma0=0.5, gamma=0.1, relative=relative), [params] * 2, CONVOLUTIONAL)
     torch.testing.assert_close(merge.params["0.weight"], params["0.weight"] * 2 / (2 + 4))
     torch.testing.assert_close(merge.params["6.bias"], params["6.bias"] * 2 / (2 + 4))
     for name in ("1.weight", "1.bias", "1.running_mean", "1.running_var", "8.weight"):
@@ -242,6 +243,14 @@ def test_norms_take_no_part_in_the_matching() -> None:
     merge = merged(PFNM(), [params, other], CONVOLUTIONAL)
     assert merge.metrics["growth"] == 1
     torch.testing.assert_close(merge.params["1.running_mean"], 50.5 * params["1.running_mean"])
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_the_scale_of_all_weights_matters_only_where_sigma_is_absolute(relative: bool) -> None:
+    cohort = [at_random(perceptron(), seed) for seed in range(3)]
+    larger = [{name: 8 * value for name, value in params.items()} for params in cohort]
+    sizes = [merged(PFNM(relative=relative), some, PERCEPTRON).metrics["units.0"] for some in (cohort, larger)]
+    assert (sizes[0] == sizes[1]) == relative
 
 
 def test_the_last_layer_is_a_mean_by_classes() -> None:
@@ -305,6 +314,7 @@ def test_the_published_values_are_what_they_are_and_can_be_changed() -> None:
     assert (paper.gamma, paper.sigma, paper.sigma0, paper.sweeps) == (7.0, 1.0, 2.0, 5)
     assert paper.shrunk
     assert not paper.weighted
+    assert not paper.relative
     assert parse(paper.model_dump_json()) == paper
 
 
