@@ -36,7 +36,7 @@ class Matching(NamedTuple):
 
 def assign(gain: Tensor) -> Tensor:
     """For each row its column, on the CPU, so that the gains of the pairs sum to the most; a square matrix."""
-    gain = gain.double().cpu()
+    gain = gain.double().cpu().nan_to_num(0, 0, 0)  # what overflowed says nothing
     gain = gain - (gain - gain.amax(1, keepdim=True)).amax(0)  # the same assignment, found in less time
     return torch.from_numpy(linear_sum_assignment(gain.numpy(), maximize=True)[1])
 
@@ -166,17 +166,20 @@ def match_many(
     """
     generator = generator or np.random.default_rng(0)
     moved, clients = [*cohort], range(len(cohort))
+    total = _total(cohort)
     permutations: list[Permutation] = [{} for _ in cohort]
     still, turns = 0, islice(cycle(generator.permutation(len(cohort)).tolist()), SWEEPS * len(cohort))
     for turn, k in enumerate(turns):
         tried = restarts if turn < len(cohort) else 1
-        found = match(symmetry, _others(moved, k), moved[k], restarts=tried, generator=generator)
+        found = match(symmetry, _others(total, moved, k), moved[k], restarts=tried, generator=generator)
         still = 0 if found.after > found.before else still + 1
-        moved[k] = symmetry.permute(moved[k], found.permutation)
+        was, moved[k] = moved[k], symmetry.permute(moved[k], found.permutation)
+        total = {name: value + moved[k][name] - was[name] for name, value in total.items()}
         permutations[k] = compose(permutations[k], found.permutation)
         if still == len(cohort):
             break
-    before, after = ([inner(_others(models, k), models[k]) for k in clients] for models in (cohort, moved))
+    sides = ((_total(cohort), cohort), (total, moved))
+    before, after = ([inner(_others(sum, models, k), models[k]) for k in clients] for sum, models in sides)
     first = inverse(permutations[0])
     return [Matching(compose(permutations[k], first), before[k], after[k]) for k in clients]
 
@@ -186,10 +189,16 @@ def inner(a: Tensors, b: Tensors) -> float:
     return float(sum(torch.sum(value * b[name], dtype=torch.float64) for name, value in a.items()))
 
 
-def _others(cohort: Sequence[Tensors], k: int) -> dict[str, Tensor]:
+def _total(cohort: Sequence[Tensors]) -> dict[str, Tensor]:
+    """The sum of all models, float64."""
+    return {name: sum((model[name].double() for model in cohort[1:]), cohort[0][name].double()) for name in cohort[0]}
+
+
+def _others(total: Tensors, cohort: Sequence[Tensors], k: int) -> Tensors:
     """The mean of all models but the k-th; itself where it is alone."""
-    rest = [model for other, model in enumerate(cohort) if other != k] or [cohort[k]]
-    return {name: torch.stack([model[name] for model in rest]).mean(0) for name in rest[0]}
+    if len(cohort) == 1:
+        return cohort[k]
+    return {name: ((total[name] - own) / (len(cohort) - 1)).to(own.dtype) for name, own in cohort[k].items()}
 
 
 def balance(symmetry: Symmetry, params: Tensors) -> dict[str, Tensor]:
