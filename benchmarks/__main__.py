@@ -1,16 +1,28 @@
-"""`make bench`: every row of the table, with the ratio that is asked for; exits with 1 when one is missed."""
+"""`make bench`: every row of the table, with the ratio that is asked for; exits with 1 when one is missed.
+
+`python -m benchmarks fold rounds` measures those alone.
+"""
 
 from __future__ import annotations
+
+import sys
 
 from rich.console import Console
 from rich.table import Table
 
 from . import alignment, fold, memory, methods, posterior, rounds, statistics
 
+BENCHMARKS = {
+    benchmark.__name__.rpartition(".")[2]: benchmark
+    for benchmark in (fold, memory, statistics, posterior, alignment, methods, rounds)
+}
+
+if unknown := {*sys.argv[1:]} - BENCHMARKS.keys():
+    raise SystemExit(f"no benchmark {', '.join(sorted(unknown))}: choose from {', '.join(BENCHMARKS)}")
 console = Console(width=150)
 table = Table("work", "beside", "ratio", "asked", "met", "detail")
 met = True
-for benchmark in (fold, memory, statistics, posterior, alignment, methods, rounds):
+for benchmark in (BENCHMARKS[name] for name in sys.argv[1:] or BENCHMARKS):
     with console.status(benchmark.__name__):
         for row in benchmark.rows():
             console.print(f"{row.work} / {row.beside}: {row.ratio:.2f}", highlight=False)

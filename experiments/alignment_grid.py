@@ -126,7 +126,7 @@ def plot(outcomes: Sequence[Outcome], figure: Figure) -> None:
         axes.axhline(over(scores, str(CELLS[0]), column).mean, linestyle=line, color="black", label=column)
     axes.set_xticks(range(len(MATCHED)), [*MATCHED])
     axes.set(ylabel="accuracy", title="two perceptrons from different initialisations")
-    axes.legend(fontsize="x-small")
+    axes.legend(fontsize="x-small", loc="lower right")
 
 
 NOTES = (

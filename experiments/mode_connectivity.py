@@ -262,7 +262,7 @@ NOTES_RESNET = (
     "and tests are on the first 2,000 test images.",
 )
 
-app = command_line("mode_connectivity", run, seeds=3, quick_seeds=2)
+app = command_line("mode_connectivity", run, seeds=3, quick_seeds=1)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

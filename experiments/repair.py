@@ -164,10 +164,10 @@ def plot(outcomes: Sequence[Outcome], figure: Figure) -> None:
 def _layers(axes: Axes, scores: Sequence[Scores]) -> None:
     for matched, restored in product(MATCHED, RESTORED):
         found = [over(scores, row(2, matched, restored), f"variance kept, {layer}") for layer in LAYERS]
-        style = "-" if matched == "matched" else "--"
-        axes.plot(LAYERS, [x.mean for x in found], style, marker="o", label=f"{matched}, {restored}")
+        style, colour = "-" if matched == "matched" else "--", f"C{[*RESTORED].index(restored)}"
+        axes.plot(LAYERS, [x.mean for x in found], style, color=colour, marker="o", label=f"{matched}, {restored}")
     axes.set(title="two clients", ylabel="the merge's variance over the clients'")
-    axes.legend(fontsize="x-small")
+    axes.legend(fontsize="xx-small", loc="lower left")
 
 
 NOTES = (

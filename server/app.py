@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from torch import nn
 
 from aggregators.core.base import Aggregator
 from aggregators.core.exchange import Exchange
@@ -88,12 +89,18 @@ def global_model(task: Task, settings: Settings) -> GlobalModel:
     return GlobalModel(params=params, trainable=frozenset(trainable & params.keys()), probe=_probe(task))
 
 
+def movable(task: Task, module: nn.Module, params: Tensors) -> Symmetry:
+    """The groups of the task's model that move nothing private, and nothing frozen, which clients have in common."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return task.symmetry(module).within({name: value for name, value in params.items() if name not in frozen})
+
+
 def symmetry(task: Task, model: GlobalModel) -> Symmetry:
-    """The groups of the task's model that move nothing private, verified; ValueError where there are none."""
+    """The groups of the task's model that can be moved, verified; ValueError where there are none."""
     from aggregators.core.tracing import verify  # torch.export, which other methods do not need
 
     module = task.model()
-    found = task.symmetry(module).within(model.params)
+    found = movable(task, module, model.params)
     if not found.groups:
         raise ValueError(f"{type(task).__name__}'s model has no units that could be permuted: use another method")
     verify(found, module, task.example())

@@ -9,6 +9,7 @@ import typer
 from aggregators.core.registry import methods, parse
 from client import task as tasks
 from server import catalogue, groups, loopback
+from server.app import movable
 from server.telemetry import console_for_output
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -41,7 +42,7 @@ def show_symmetry(
         model = chosen.model()
         params = tasks.tensors(model, chosen.private)
         start = time.perf_counter()
-        symmetry = chosen.symmetry(model).within(params)
+        symmetry = movable(chosen, model, params)
         found = time.perf_counter()
         verify(symmetry, model, chosen.example())
     except ValueError as error:

@@ -334,8 +334,8 @@ OTHERS = {
         images(3, 8, 8),
         {
             "stem.0": 4,  # amid zeros in the next streams, which have a part to either side of it
-            **{"blocks.3.second.0": 2, "blocks.3.second.0.2": 2},
-            **{"blocks.6.second.0": 4, "blocks.6.second.0.2": 4},
+            **{"blocks.3.second.0": 2, "blocks.3.second.0#2": 2},
+            **{"blocks.6.second.0": 4, "blocks.6.second.0#2": 4},
             **INNER,
         },
         HEAD,
@@ -344,7 +344,7 @@ OTHERS = {
     "GRU": Case(
         partial(Recurrent, nn.GRU, num_layers=2, bidirectional=True),
         WORDS,
-        {"words": 5, "cell": 6, "cell.2": 6, "cell.3": 6, "cell.4": 6},
+        {"words": 5, "cell": 6, "cell#2": 6, "cell#3": 6, "cell#4": 6},
         HEAD,
     ),
     "RNN": Case(partial(Recurrent, nn.RNN, bias=False), WORDS, {"words": 5, "cell": 6}, HEAD),

@@ -109,7 +109,7 @@ class _Matcher:
         theta, other = ({name: widened(params[name]) for name in names} for params in (anchor, update.params))
         found = matched(self.symmetry, correlations, theta, other)
         aligned = self.symmetry.permute_update(update, found.permutation)
-        self.diagnosis.add(found, (anchor, anchor), (update.params, aligned.params))
+        self.diagnosis.add(found, anchor, (update.params, aligned.params))
         return aligned
 
 

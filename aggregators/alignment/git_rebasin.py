@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -87,13 +86,14 @@ class _Matcher:
         """The updates matched to one another, in the first one's order and scale of units."""
         features = [*map(self._of, updates)]
         self.diagnosis.start = updates[0].params
-        matched = zip(updates, features, self._matchings(updates, features), strict=True)
-        return [updates[0], *(self._aligned(*one, features[0]) for one in islice(matched, 1, None))]
+        matched = zip(updates[1:], features[1:], self._matchings(updates, features), strict=True)
+        return [updates[0], *(self._aligned(*one, features[0]) for one in matched)]
 
     def _matchings(self, updates: Sequence[ClientUpdate], features: Sequence[_Features]) -> list[Matching]:
         if self.method.reference == "first":
-            return [self._match(features[0], own, one) for own, one in zip(features, updates, strict=True)]
-        return match_many(self.symmetry, [own.weighted for own in features], **self._options())
+            others = zip(features[1:], updates[1:], strict=True)
+            return [self._match(features[0], own, update) for own, update in others]
+        return match_many(self.symmetry, [own.weighted for own in features], **self._options())[1:]
 
     def _match(self, reference: _Features, own: _Features, update: ClientUpdate) -> Matching:
         return match(self.symmetry, reference.weighted, own.weighted, **self._options(update.client_id))
@@ -124,7 +124,7 @@ class _Matcher:
         places = found.permutation
         factors = {group: scale[places[group]] / reference.scales[group] for group, scale in own.scales.items()}
         aligned = self.symmetry.scale_update(self.symmetry.permute_update(update, places), factors)
-        self.diagnosis.add(found, (reference.params, reference.params), (update.params, aligned.params))
+        self.diagnosis.add(found, reference.params, (update.params, aligned.params))
         return aligned
 
     def _nearer(self, found: Matching, own: _Features, reference: _Features) -> Matching:

@@ -26,16 +26,16 @@ class Diagnosis:
     clients: int = 0
     sums: dict[str, float] = field(default_factory=dict)
 
-    def add(self, matching: Matching, reference: tuple[Tensors, Tensors], params: tuple[Tensors, Tensors]) -> None:
-        """One client, its parameters and what they are compared with, before and after."""
+    def add(self, matching: Matching, reference: Tensors, params: tuple[Tensors, Tensors]) -> None:
+        """One client, what it is compared with, and its parameters before and after."""
         self.start = self.start or ({} if self.model.probe is None else params[1])
         self.clients += 1
         measured = {
             "matching_objective_before": matching.before,
             "matching_objective": matching.after,
             "units_moved": matching.moved_share,
-            "distance_before": self._distance(params[0], reference[0]),
-            "distance": self._distance(params[1], reference[1]),
+            "distance_before": self._distance(params[0], reference),
+            "distance": self._distance(params[1], reference),
         }
         for name, value in measured.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -51,7 +51,10 @@ class Diagnosis:
         return float(norm(params[name].double() - reference[name].double() for name in self.model.names))
 
     def _barrier(self, loss: Callable[[Tensors], float], merged: Tensors) -> float:
-        """max_t L((1 − t) θ_1 + t θ*) − [(1 − t) L(θ_1) + t L(θ*)] (Entezari et al. 2022, eq. 1), at least 0."""
+        """max_t L((1 − t) θ_1 + t θ*) − [(1 − t) L(θ_1) + t L(θ*)] (Entezari et al. 2022, eq. 1), at least 0.
+
+        Running statistics go the same way: they are not measured anew in between.
+        """
         ends = loss(self.start), loss(merged)
         return max(0.0, *(loss(_between(self.start, merged, t)) - (1 - t) * ends[0] - t * ends[1] for t in POINTS))
 

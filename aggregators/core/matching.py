@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, cycle, islice
 from typing import NamedTuple
 
@@ -37,6 +38,8 @@ class Matching(NamedTuple):
 def assign(gain: Tensor) -> Tensor:
     """For each row its column, on the CPU, so that the gains of the pairs sum to the most; a square matrix."""
     gain = gain.double().cpu()
+    if not gain.sum().isfinite():
+        gain = gain.nan_to_num(0, 0, 0)  # what overflowed says nothing
     gain = gain - (gain - gain.amax(1, keepdim=True)).amax(0)  # the same assignment, found in less time
     return torch.from_numpy(linear_sum_assignment(gain.numpy(), maximize=True)[1])
 
@@ -63,17 +66,32 @@ def match(
 ) -> Matching:
     """The permutation of `b` that coordinate descent over groups finds to maximise ⟨a, P b⟩ over the tensors given.
 
-    The best of `restarts` runs from the identity, which visit groups in random orders; groups without a tensor are
-    left out. Source: Ainsworth et al. 2023, "Git Re-Basin", section 3.2, algorithm 1. O(n² d + n³) a visit, of n units
-    with d weights each.
+    The best of `restarts` runs from the identity, which visit groups in random orders, as many at once as torch has
+    threads; groups without a tensor are left out. Source: Ainsworth et al. 2023, "Git Re-Basin", section 3.2, algorithm
+    1. O(n² d + n³) a visit, of n units with d weights each.
     """
-    generator = generator or np.random.default_rng(0)
-    pair, found = _Pair(symmetry, a, b), list[Matching]()
-    for _ in range(restarts):
-        found.append(pair.descend(generator))
-        if found[-1].after == found[-1].before:
-            break  # no group moves before the others, whatever the order
-    return max(found, key=lambda matching: matching.after)
+    first, *others = (generator or np.random.default_rng(0)).spawn(restarts)
+    pair = _Pair(symmetry, a, b)
+    found = pair.descend(first)
+    if found.after == found.before:
+        return found  # no group moves before the others, whatever the order
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return max([found, *threads.map(pair.descend, others)], key=lambda matching: matching.after)
+
+
+class _Move(NamedTuple):
+    """Rows along an axis of a tensor that change: which, a's, and b's before and after."""
+
+    axis: int
+    rows: Tensor
+    a: Tensor
+    before: Tensor
+    after: Tensor
+
+    @property
+    def rise(self) -> float:
+        """What the objective gains."""
+        return float(torch.sum(self.a * (self.after - self.before), dtype=torch.float64))
 
 
 class _Pair:
@@ -102,18 +120,20 @@ class _Pair:
         A visit takes the best assignment of a group's units with the others held, if the objective rises, which it need
         not where a group meets itself in a tensor.
         """
-        b, after, found, unsettled = self.b, self.before, dict(self.gains), {*self.names}
+        b, after = {name: value.clone() for name, value in self.b.items()}, self.before
+        found, unsettled = dict(self.gains), {*self.names}
         permutation = {group: torch.arange(size(group, self.sizes)) for group in self.names}
         for group in self._sweeps(unsettled, generator):
             unsettled.remove(group)
             step = assign(found[group])
-            moved = self._moved(group, b, step)
-            change = {name: value - b[name] for name, value in moved.items()}
-            rise = inner(change, self.a)
+            moves = {name: self._move(group, step, name, b[name]) for name in self.names[group]}
+            rise = sum(move.rise for move in moves.values())
             if rise > self.rounding[group]:
-                b, after = {**b, **moved}, after + rise
+                after += rise
                 permutation[group] = permutation[group][step]
-                self._follow(found, group, step, b, change)
+                for name, move in moves.items():
+                    b[name].index_copy_(move.axis, move.rows, move.after)
+                self._follow(found, group, step, b, moves)
                 unsettled |= self.met[group]
         return Matching(permutation, self.before, after)
 
@@ -124,35 +144,31 @@ class _Pair:
             if not unsettled:
                 break
 
-    def _moved(self, group: str, b: Tensors, step: Tensor) -> dict[str, Tensor]:
-        """The tensors of the group with its units reordered."""
-        moved = {name: b[name] for name in self.names[group]}
-        for name, axis in self.symmetry.members[group]:
-            if name in moved:
-                places = index(self.symmetry.axes[name][axis] or 1, {group: step}, self.sizes)
-                moved[name] = moved[name].index_select(axis, places.to(moved[name].device))
-        return moved
+    def _move(self, group: str, step: Tensor, name: str, b: Tensor) -> _Move:
+        """What reordering the group's units does to a tensor: to some rows, or to all where groups share its axes."""
+        layouts = [layout or 1 for layout in self.symmetry.axes[name]]
+        axis, *more = (axis for axis, layout in enumerate(layouts) if group in groups(layout))
+        places = index(layouts[axis], {group: step}, self.sizes).to(b.device)
+        rows = torch.arange(len(places), device=b.device)
+        if not more and {*groups(layouts[axis])} == {group}:
+            rows = (places != rows).nonzero().flatten()
+        after = b.index_select(axis, places[rows])
+        for other in more:
+            after = after.index_select(other, index(layouts[other], {group: step}, self.sizes).to(b.device))
+        return _Move(axis, rows, self.a[name].index_select(axis, rows), b.index_select(axis, rows), after)
 
-    def _follow(self, found: dict[str, Tensor], group: str, step: Tensor, b: Tensors, change: Tensors) -> None:
-        """Brings the gains up to date with `b`, in which they are linear, after this change in the group's tensors."""
+    def _follow(
+        self, found: dict[str, Tensor], group: str, step: Tensor, b: Tensors, moves: Mapping[str, _Move]
+    ) -> None:
+        """Brings the gains up to date with `b`, in which they are linear, after these moves of the group's units."""
+        a = {name: move.a for name, move in moves.items()}
+        change = {name: move.after - move.before for name, move in moves.items()}
         for other in self.met[group] - {group}:
-            parts = {name: self._part(group, step, name, value) for name, value in change.items()}
-            a, changed = ({name: part[k] for name, part in parts.items()} for k in (0, 1))
-            found[other] = found[other] + gains(self.symmetry, other, a, changed, self.sizes)
+            found[other] = found[other] + gains(self.symmetry, other, a, change, self.sizes)
         if group in self.met[group]:
             found[group] = gains(self.symmetry, group, self.a, b, self.sizes)
         else:
             found[group] = found[group].index_select(1, step.to(found[group].device))
-
-    def _part(self, group: str, step: Tensor, name: str, change: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a's tensor and its change what is not 0 in the latter; all where the group shares an axis or has two."""
-        layouts = self.symmetry.axes[name]
-        axis, *more = (axis for axis, layout in enumerate(layouts) if group in groups(layout))
-        if more or {*groups(layouts[axis])} != {group}:
-            return self.a[name], change
-        places = index(layouts[axis] or 1, {group: step}, self.sizes)
-        moving = (places != torch.arange(len(places))).nonzero().flatten().to(change.device)
-        return self.a[name].index_select(axis, moving), change.index_select(axis, moving)
 
 
 def match_many(
@@ -166,17 +182,20 @@ def match_many(
     """
     generator = generator or np.random.default_rng(0)
     moved, clients = [*cohort], range(len(cohort))
+    total = _total(cohort)
     permutations: list[Permutation] = [{} for _ in cohort]
     still, turns = 0, islice(cycle(generator.permutation(len(cohort)).tolist()), SWEEPS * len(cohort))
     for turn, k in enumerate(turns):
         tried = restarts if turn < len(cohort) else 1
-        found = match(symmetry, _others(moved, k), moved[k], restarts=tried, generator=generator)
+        found = match(symmetry, _others(total, moved, k), moved[k], restarts=tried, generator=generator)
         still = 0 if found.after > found.before else still + 1
-        moved[k] = symmetry.permute(moved[k], found.permutation)
+        was, moved[k] = moved[k], symmetry.permute(moved[k], found.permutation)
+        total = {name: value + moved[k][name] - was[name] for name, value in total.items()}
         permutations[k] = compose(permutations[k], found.permutation)
         if still == len(cohort):
             break
-    before, after = ([inner(_others(models, k), models[k]) for k in clients] for models in (cohort, moved))
+    sides = ((_total(cohort), cohort), (total, moved))
+    before, after = ([inner(_others(sum, models, k), models[k]) for k in clients] for sum, models in sides)
     first = inverse(permutations[0])
     return [Matching(compose(permutations[k], first), before[k], after[k]) for k in clients]
 
@@ -186,10 +205,16 @@ def inner(a: Tensors, b: Tensors) -> float:
     return float(sum(torch.sum(value * b[name], dtype=torch.float64) for name, value in a.items()))
 
 
-def _others(cohort: Sequence[Tensors], k: int) -> dict[str, Tensor]:
+def _total(cohort: Sequence[Tensors]) -> dict[str, Tensor]:
+    """The sum of all models, float64."""
+    return {name: sum((model[name].double() for model in cohort[1:]), cohort[0][name].double()) for name in cohort[0]}
+
+
+def _others(total: Tensors, cohort: Sequence[Tensors], k: int) -> Tensors:
     """The mean of all models but the k-th; itself where it is alone."""
-    rest = [model for other, model in enumerate(cohort) if other != k] or [cohort[k]]
-    return {name: torch.stack([model[name] for model in rest]).mean(0) for name in rest[0]}
+    if len(cohort) == 1:
+        return cohort[k]
+    return {name: ((total[name] - own) / (len(cohort) - 1)).to(own.dtype) for name, own in cohort[k].items()}
 
 
 def balance(symmetry: Symmetry, params: Tensors) -> dict[str, Tensor]:

@@ -36,8 +36,8 @@ def trace(module: nn.Module, *inputs: Tensor) -> Symmetry:
 
     `inputs` are an example batch of at least two. Reads the operations that torch.export records of a forward pass in
     eval mode, whatever modules they come from: axes that meet in an operation are permuted alike; inputs, outputs,
-    what an operation treats by position and what nothing reads stay; what only training uses is not seen. Untraceable,
-    in one line, for an operation that no rule covers.
+    what an operation treats by position and what nothing reads stay; what only training uses is not seen. Tensors are
+    in the order in which they are read. Untraceable, in one line, for an operation that no rule covers.
     """
     return _Tracer(module, _exported(module, inputs)).symmetry()
 
@@ -86,6 +86,7 @@ class _Tracer:
         self.axes = {name: [Part(length) for length in shapes[name]] for name in self.owner.values()}
         self.roles: dict[tuple[str, int], int] = {}
         self.source: dict[Node, str] = {}
+        self.used: dict[str, None] = {}  # tensors in the order in which operations first read them
         self.values: dict[Node, Value] = {}
         self.passed: list[tuple[list[Part], list[Part]]] = []  # through an operation: what entered, what came out
         self._read(program)
@@ -96,6 +97,7 @@ class _Tracer:
             if node.op == "placeholder":
                 self.values[node] = self._placeholder(node, specs[node.name])
             elif node.op == "call_function":
+                self.used |= {self.source[arg]: None for arg in node.all_input_nodes if arg in self.source}
                 self.values[node] = self._called(node)
             elif node.op == "output":
                 fix(*_flat([self.values[arg] for arg in node.all_input_nodes]))
@@ -163,7 +165,8 @@ class _Tracer:
         for axis in _flat([*self.axes.values()]):
             _keep_one(axis)
         names = dict(_named(self.axes))
-        axes = {name: tuple(_layout(axis, names) for axis in parts) for name, parts in self.axes.items()}
+        order = {**self.used, **dict.fromkeys(self.axes)}
+        axes = {name: tuple(_layout(axis, names) for axis in self.axes[name]) for name in order}
         moving = {name: layouts for name, layouts in axes.items() if any(layout is not None for layout in layouts)}
         hints = {names[id(leaf)]: leaf.size for leaf in _leaves(_flat([*self.axes.values()])) if id(leaf) in names}
         return Symmetry(moving, self._scaled(names), hints)
@@ -247,7 +250,7 @@ def _named(tensors: Mapping[str, Axes]) -> Iterator[tuple[int, str]]:
             if leaf.kind == "free" and leaf.size > 1 and id(leaf) not in seen:
                 seen.add(id(leaf))
                 number = taken[base] = taken.get(base, 0) + 1
-                yield id(leaf), base if number == 1 else f"{base}.{number}"
+                yield id(leaf), base if number == 1 else f"{base}#{number}"
 
 
 def _layout(part: Part, names: Mapping[int, str]) -> Layout | None:

@@ -14,7 +14,7 @@ from .functional import computed, evaluating, once
 from .symmetry import Symmetry
 
 REMEDY = "give the task a `symmetry` of its own, or choose a method that needs none"
-SHARE = 1e-4  # of what the group's tensors do to the outputs: a permutation that keeps them does less
+SHARE = 1e-8  # of what the group's tensors do to the outputs: a permutation that keeps them does less
 ROUNDING = 1e4  # units in the last place
 TINY = 1e-300
 

@@ -69,7 +69,11 @@ def _running(update: ClientUpdate, norm: str) -> Moments:
 
 
 def _measured(update: ClientUpdate, norm: str) -> Moments | None:
-    return update.moments.get(norm.removesuffix("."))
+    """By examples, of which a client cannot claim more than the server allows."""
+    if (found := update.moments.get(norm.removesuffix("."))) is None:
+        return None
+    num = update.num_examples
+    return Moments(num, found.mean, found.m2.double() * (num / max(1, found.num)))
 
 
 def _pooled(model: GlobalModel, norms: list[str], source: Source) -> Fold[SumState, dict[str, Tensor]]:

@@ -236,31 +236,29 @@ class Repair(Aggregator):
 
 
 def _units(model: GlobalModel) -> Iterator[Unit]:
-    """The layers that can be repaired, in the order of the model's tensors."""
+    """The layers that can be repaired, in the order of the symmetry's tensors, in which a traced network runs."""
     if model.symmetry is None:
         raise ValueError("repair needs the symmetry of the task's network, which tells hidden layers from the last")
     axes = model.symmetry.axes
     normed = {group for name in axes if name.endswith("running_var") for group in groups(axes[name][0])}
-    for name in model.names:
+    for name in (name for name in axes if name in model.trainable):
         stem, _, kind = name.rpartition(".")
-        out, into, *_ = (*axes.get(name, ()), None, None)
+        out, into, *_ = (*axes[name], None, None)
         reads, writes = frozenset(groups(into)), frozenset(groups(out))
         if kind == "weight" and find(model, stem) is not None and writes and not writes & normed:
             yield Unit(stem, reads, writes)
 
 
 def _levels(units: Sequence[Unit]) -> Iterator[list[str]]:
-    """Consecutive layers together while each reads units, and none that another of them brings forth."""
-    level: list[str] = []
-    written: frozenset[str] = frozenset()
+    """Consecutive layers together while they read the same units, and none that one of them brings forth."""
+    level: list[Unit] = []
     for unit in units:
-        if level and (not unit.reads or unit.reads & written):
-            yield level
-            level, written = [], frozenset()
-        level.append(unit.name)
-        written |= unit.writes
+        if level and (unit.reads != level[0].reads or any(unit.reads & one.writes for one in level)):
+            yield [one.name for one in level]
+            level = []
+        level.append(unit)
     if level:
-        yield level
+        yield [one.name for one in level]
 
 
 def _gathered(model: GlobalModel, units: Sequence[Unit]) -> Fold[SumState, dict[str, Known]]:

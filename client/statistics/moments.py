@@ -123,8 +123,8 @@ class Pair:
         self.products = self.products + self.a.add(a).T @ self.b.add(b)
 
     def correlation(self) -> Tensor:
-        """Of every unit of one with every unit of the other, float32."""
-        return (self.a.scale()[:, None] * self.products * self.b.scale()).float()
+        """Of every unit of one with every unit of the other, float32; 0 where a model's outputs overflow."""
+        return (self.a.scale()[:, None] * self.products * self.b.scale()).float().nan_to_num(0, 0, 0)
 
 
 def _outputs(

@@ -29,6 +29,7 @@ from aggregators.core.symmetry import Symmetry
 from aggregators.core.tensors import norm, steps
 from aggregators.core.tracing import trace
 from aggregators.core.update import ClientUpdate, GlobalModel, Gradients, Merged, Probe, Request, Tensors
+from aggregators.robust.median import Median
 from client.statistics import measure
 from client.task import Examples, Node, Task, tensors
 from server import loopback
@@ -534,7 +535,7 @@ def test_a_merge_on_another_device_gives_the_same(name: str, reference: Any) -> 
         client(k, drawn(name, k), sq_grad_sum=squares({n: model.params[n] for n in model.names}, k), num_grads=3)
         for k in (1, 2, 3)
     ]
-    method = GitReBasin(inner=parse("fisher"), reference=reference)
+    method = GitReBasin(inner=parse("fisher"), reference=reference, restarts=1)  # others are threads, without the mode
     here = method.aggregate(model, cohort).params
     moved = replace(model, params={key: There(value) for key, value in model.params.items()})
     with Elsewhere():  # type: ignore[no-untyped-call]
@@ -606,6 +607,34 @@ def test_a_network_that_cannot_be_traced_is_refused_and_runs_under_fedavg() -> N
     found = loopback.run(Untraceable(), "fedavg", clients=2, rounds=1, training={"epochs": 1})
     assert len(found.records) == 1
     assert all(value.isfinite().all() for value in found.model.params.values())
+
+
+class Backbone(Points):
+    """A frozen layer, the same for all, in front of two that train."""
+
+    def model(self) -> nn.Module:
+        layers = nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 1)
+        layers[0].requires_grad_(False)
+        return nn.Sequential(*layers)
+
+
+def test_frozen_weights_which_clients_share_stay_in_place() -> None:
+    found = loopback.run(Backbone(), ALIGNED, clients=3, rounds=1, training={"epochs": 3, "learning_rate": 0.1})
+    start = loopback.run(Backbone(), "fedavg", clients=1, rounds=1).model.params
+    symmetry = found.model.symmetry
+    assert symmetry is not None
+    assert symmetry.groups == ["2"]
+    assert torch.equal(found.model.params["0.weight"], start["0.weight"])
+
+
+@every_reference
+@pytest.mark.parametrize(("number", "size"), [(1, 1e20), (1, 3e38), (3, 3e38)])
+def test_a_client_whose_weights_overflow_loses_nothing_for_the_others(reference: Any, number: int, size: float) -> None:
+    model = model_of("MLP")
+    lost = {name: torch.full_like(value, size) for name, value in model.params.items()}
+    cohort = [client(k, lost if k == number else noisy(model.params, k)) for k in range(1, 5)]
+    merged = GitReBasin(inner=Median(), reference=reference).aggregate(model, cohort).params
+    assert all(float(value.abs().max()) < 10 for value in merged.values())
 
 
 def digits(method: Any, rounds: int) -> list[dict[str, Any]]:

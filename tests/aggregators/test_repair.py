@@ -18,6 +18,7 @@ from toys import fingerprint
 from aggregators.core.exchange import Exchange, Question, run
 from aggregators.core.registry import parse
 from aggregators.core.symmetry import Concat, Product, Symmetry
+from aggregators.core.tracing import trace
 from aggregators.core.update import ClientUpdate, GlobalModel, Gradients, Merged, Moments, Request, Tensors
 from aggregators.restore.repair import Joint, Repair
 from aggregators.weight_average.fedavg import FedAvg
@@ -480,6 +481,28 @@ def test_exact_repair_measures_once_for_every_level_of_layers(network: Network, 
     moments = Request(moments=True)
     assert asked == [Question("train", moments), *levels * [Question("measure", moments)]]
     assert list(dict.fromkeys(asked)) == [*method.questions()]
+    for layer in network.layers:
+        spreads = [put_out(cohort(network), layer, params)[1] for params in (merged, None)]
+        torch.testing.assert_close(*spreads, rtol=1e-4, atol=0)
+
+
+class Recurrent(nn.Module):
+    """Layers before and after a recurrent one, which is not repaired, defined last to first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.two = nn.Linear(6, 2), nn.Linear(5, 6)
+        self.cell, self.one = nn.LSTM(7, 5, batch_first=True), nn.Linear(4, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(x).relu()[:, None].expand(-1, 3, -1)
+        return self.last(self.two(self.cell(h)[0][:, -1]).relu())
+
+
+def test_layers_are_repaired_in_the_order_in_which_they_run_whatever_lies_between() -> None:
+    module = Recurrent()
+    network = Network(module, trace(module, torch.rand(2, 4)), ("one", "two"), (4,))
+    merged = repaired(network, cohort(network), mode="exact", cap=1e6).params
     for layer in network.layers:
         spreads = [put_out(cohort(network), layer, params)[1] for params in (merged, None)]
         torch.testing.assert_close(*spreads, rtol=1e-4, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -175,6 +176,59 @@ def test_a_symmetry_that_forgets_any_axis_is_refused(name: str) -> None:
             forgetful = Symmetry({**symmetry.axes, tensor: less}, hints=symmetry.hints)
             with pytest.raises(ValueError, match=r"permuting the group .* changes the outputs: give the task a `symm"):
                 verify(forgetful, network, NETWORKS[name].example)
+
+
+class Adapted(nn.Module):
+    """A layer beside which a small one has been put, as adapters begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.down, self.up = nn.Linear(8, 4, bias=False), nn.Linear(4, 8, bias=False)
+        nn.init.normal_(self.up.weight, std=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.into(x).relu()
+        return self.out(h + self.up(self.down(h).relu()))
+
+
+def test_a_symmetry_that_forgets_what_does_little_yet_is_refused() -> None:
+    network = Adapted()
+    symmetry = trace(network, X[:, :1].expand(-1, 6))
+    forgetful = {name: axes for name, axes in symmetry.axes.items() if name.partition(".")[0] not in ("down", "up")}
+    with pytest.raises(ValueError, match="permuting the group 'into' changes the outputs"):
+        verify(Symmetry(forgetful), network, torch.rand(2, 6))
+
+
+class Numbered(nn.Sequential):
+    """A module with numbered children and several groups of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU())
+        self.first, self.second = (nn.Parameter(torch.randn(a, b)) for a, b in ((5, 7), (7, 4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (super().forward(x) @ self.first).relu() @ self.second
+
+
+def test_a_group_is_named_as_no_other_is() -> None:
+    network = nn.Sequential(OrderedDict(inner=Numbered(), head=nn.Linear(4, 2)))
+    symmetry = trace(network, torch.rand(2, 6))
+    assert symmetry.sizes(network.state_dict()) == {"inner": 5, "inner#2": 7, "inner#3": 4, "inner.0": 6}
+    verify(symmetry, network, torch.rand(2, 6))
+
+
+def test_tensors_are_in_the_order_in_which_the_network_reads_them() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.second, self.first = nn.Linear(5, 2), nn.Linear(4, 5), nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.second(self.first(x).relu()).relu())
+
+    axes = trace(Backwards(), torch.rand(2, 3)).axes
+    assert [name for name in axes if name.endswith("weight")] == ["first.weight", "second.weight", "last.weight"]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -369,7 +423,7 @@ with torch.random.fork_rng():
         ),
         "unequal pieces": (
             between(lambda self, h: torch.cat([h.chunk(3, -1)[1], h.chunk(3, -1)[0], h.chunk(3, -1)[2]], -1).relu()),
-            *(X, {"first": 3, "first.2": 3, "first.3": 2}, ["first", "first.2", "first.3"]),
+            *(X, {"first": 3, "first#2": 3, "first#3": 2}, ["first", "first#2", "first#3"]),
         ),
         "half gates half": (between(lambda self, h: glu(h), second=nn.Linear(4, 2)), X, {"first": 4}, []),
         "repeated whole": (
@@ -401,7 +455,7 @@ with torch.random.fork_rng():
             ),
             *(IMAGE, {"first": 2, "second": 4}, []),
         ),
-        "written in place": (Does(filled, **layers(8, 12)), X, {"first": 4, "first.2": 4}, []),
+        "written in place": (Does(filled, **layers(8, 12)), X, {"first": 4, "first#2": 4}, []),
         "struck out in place": (Does(struck, **layers()), X, {}, []),
         "units that are outputs too": (
             Does(lambda self, x: (self.first(x), self.second(self.first(x))), **layers()),
@@ -417,7 +471,7 @@ with torch.random.fork_rng():
             Does(
                 lambda self, x: (hidden := self.first(x), hidden[:, :3].sigmoid_(), self.second(hidden))[2], **layers()
             ),
-            *(X, {"first": 3, "first.2": 5}, ["first.2"]),
+            *(X, {"first": 3, "first#2": 5}, ["first#2"]),
         ),
         "taken by position": (between(lambda self, h: h.cumsum(1)), X, {}, []),
         "taken in order": (between(lambda self, h: h.topk(4, 1)[0], second=nn.Linear(4, 2)), X, {}, []),
@@ -461,7 +515,7 @@ with torch.random.fork_rng():
         ),
         "einsum": (
             Does(experts, into=table(5, 4, 6), out=table(5, 6, 2), gate=nn.Linear(4, 5)),
-            *(X, {"into": 5, "into.2": 6}, []),
+            *(X, {"into": 5, "into#2": 6}, []),
         ),
         "addmm": (
             Does(
@@ -496,7 +550,7 @@ with torch.random.fork_rng():
             between(
                 lambda self, h: scaled_dot_product_attention(self.q.expand(2, -1, -1), h, h).mean(1), q=table(1, 6, 8)
             ),
-            *(SEQUENCE, {"q": 6, "q.2": 8}, []),
+            *(SEQUENCE, {"q": 6, "q#2": 8}, []),
         ),
         "learnt queries in order": (
             between(

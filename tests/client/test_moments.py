@@ -330,6 +330,14 @@ def test_correlations_go_by_the_models_own_private_parameters(dtype: torch.dtype
     torch.testing.assert_close(found["0"], compared(model, whole, examples)["0"])
 
 
+def test_a_model_whose_outputs_overflow_correlates_with_nothing() -> None:
+    pair = Pair()
+    pair.add(torch.tensor([[1.0, 2.0], [2.0, 1.0]]).double(), torch.tensor([[1e300, 1.0], [-1e300, 2.0]]).double())
+    found = pair.correlation()
+    assert found[:, 0].tolist() == [0, 0]
+    assert found[:, 1].tolist() == pytest.approx([1, -1])
+
+
 def test_correlations_are_over_the_limited_examples() -> None:
     model, anchor, examples = mlp(1), mlp(2), inputs(50)
     found = compared(model, anchor.state_dict(), examples, gradients=Gradients(limit=2))["0"]

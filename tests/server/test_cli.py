@@ -215,7 +215,7 @@ def test_groups_are_shown_in_120_columns_with_their_blocks_and_without_private_o
     listed = CliRunner().invoke(app, ["symmetry", f"{__name__}:Flattened"]).output
     assert max(map(cell_len, listed.splitlines())) <= 120
     said = printed("symmetry", f"{__name__}:Flattened")
-    assert "maps 6 yes maps.weight[0], maps.bias[0], head.weight[1: maps × 4 + cell + cell.2]" in said
+    assert "maps 6 yes maps.weight[0], maps.bias[0], head.weight[1: maps × 4 + cell + cell#2]" in said
     assert "3 groups of 20 units" in said
     assert "alone" not in said
 
