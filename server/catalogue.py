@@ -28,7 +28,7 @@ TYPES = {"integer": "whole number", "number": "number", "string": "text", "boole
 LIMITS = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
 NOTE = (
     "Bytes are those of float32, from one client. Sums are over single examples; a layer has i inputs, the constant 1"
-    " among them, and o outputs."
+    " among them, and o outputs; counts of classes are left aside."
 )
 
 

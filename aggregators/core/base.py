@@ -21,8 +21,8 @@ class Aggregator(BaseModel, ABC):
 
     `kind`, a Literal in every final class, is its name in configuration. `needs` names what the server must provide:
     "probe" (held-out data), "shared_start" (clients that start from the server's model), "symmetry" (the permutations
-    that the task's network admits). `examples` are further
-    settings under which the contract suite tries the method, `inners` what it tries a wrapper with.
+    that the task's network admits), "widths" (beside it: clients' networks of other widths than θ_t's, as they begin
+    from their own or are sent, and a θ_{t+1} of others). `examples` are further settings under which the contract suite tries the method, `inners` what it tries a wrapper with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,7 +37,10 @@ class Aggregator(BaseModel, ABC):
         """The round that starts from `model`: yields exchanges, is sent their folded answers, returns Merged."""
 
     def questions(self) -> Iterator[Question]:
-        """What its round asks, exchange by exchange: what the methods within it ask, where a class declares nothing."""
+        """What its round asks, exchange by exchange, once where a network's depth tells how often.
+
+        What the methods within it ask, where a class declares nothing.
+        """
         for name in type(self).model_fields:
             if isinstance(part := getattr(self, name), Aggregator):
                 yield from part.questions()

@@ -252,7 +252,7 @@ def test_a_round_asks_what_the_method_says(method: Aggregator) -> None:
     for model in (global_model(), seasoned(method)):
         asked = Silence(clients(model), silent=-1)
         run(method.round(model), asked)
-        assert asked.questions == [*method.questions()]
+        assert [*dict.fromkeys(asked.questions)] == [*dict.fromkeys(method.questions())]
 
 
 class Silence:
