@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-alignment test test-slow test-papers lint bench data clean
+.PHONY: demo demo-alignment demo-fedma test test-slow test-papers lint bench data clean
 
 $(VENV)/ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,9 @@ demo: $(VENV)/ready        ## a federation of real processes over gRPC: a table,
 
 demo-alignment: $(VENV)/ready ## the same, of clients whose networks start from different points
 	$(BIN)/python -m deploy.demo alignment
+
+demo-fedma: $(VENV)/ready  ## the same, of clients whose networks differ in width too
+	$(BIN)/python -m deploy.demo fedma
 
 test: $(VENV)/ready        ## quick tests, under 5 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

@@ -22,17 +22,19 @@ from .local import LocalFederation
 
 APP = Path(__file__).resolve().parent.parent
 CLIENTS = 4
+WIDTHS = (32, 48, 64, 64)
 PAUSE = 20.0  # seconds between questions to Flower: each starts a process
 RUNS = APP / "runs"
 ALIGNED = {"kind": "git_rebasin", "inner": {"kind": "repair", "inner": {"kind": "fisher", "temper": 0.5}}}
 
 
 class Demo(NamedTuple):
-    """What is shown: a title, the methods, and the run configuration that they share."""
+    """What is shown: a title, the methods, the run configuration that they share, and options of clients' own."""
 
     title: str
     methods: Mapping[str, Mapping[str, Any]]
     config: Mapping[str, Any]
+    own: Sequence[Mapping[str, int]] = ({},) * CLIENTS
 
 
 DEMOS = {
@@ -54,6 +56,16 @@ DEMOS = {
         },
         {"task": {"kind": "digits", "partition": "iid"}, "rounds": 2, "start": "own", "training.epochs": 20},
     ),
+    "fedma": Demo(
+        f"Digits, {CLIENTS} clients with hidden layers of {', '.join(map(str, WIDTHS))} units",
+        {
+            "PFNM": {"kind": "pfnm"},
+            "optimal transport": {"kind": "ot_fusion", "inner": "fedavg"},
+            "FedMA": {"kind": "fedma"},
+        },
+        {"task": {"kind": "digits", "partition": "iid"}, "rounds": 2, "start": "own", "training.epochs": 20},
+        [{"task.hidden": width} for width in WIDTHS],
+    ),
 }
 
 
@@ -63,7 +75,9 @@ def main(name: str = "posterior") -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background jobs ignore
     console, start = console_for_output(), time.monotonic()
-    nodes = [{"partition-id": k, "num-partitions": CLIENTS, "name": f"site-{k}"} for k in range(CLIENTS)]
+    nodes = [
+        {"partition-id": k, "num-partitions": CLIENTS, "name": f"site-{k}", **own} for k, own in enumerate(demo.own)
+    ]
     with tempfile.TemporaryDirectory(prefix="fedbasin-") as logs:
         console.print(f"starting a SuperLink and {CLIENTS} SuperNodes on 127.0.0.1, client traffic over gRPC")
         with LocalFederation(Path(logs), nodes) as federation:
@@ -73,7 +87,7 @@ def main(name: str = "posterior") -> int:
     folders = {method: RUNS / run_id for method, run_id in submitted.items()}
     results = {method: load(folder) for method, folder in folders.items()}
     console.print(table(results))
-    picture = plot(demo.title, results, folders["FedAvg"] / "demo.png")
+    picture = plot(demo.title, results, next(iter(folders.values())) / "demo.png")
     for path in (*folders.values(), picture):
         console.print(f"  {path.relative_to(APP)}")
     console.print(f"took {time.monotonic() - start:.0f} s")

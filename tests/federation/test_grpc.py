@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,41 @@ def test_loopback_and_grpc_federations_give_the_same_model(tmp_path: Path) -> No
                     atol=1e-7,
                     msg=lambda m, n=name: f"{n}: {m}",
                 )
+
+
+WIDE = [
+    {"partition-id": number, "num-partitions": 3, "name": f"site-{number}", "task.hidden": hidden}
+    for number, hidden in enumerate((24, 32, 40))
+]
+
+
+def test_clients_of_three_widths_keep_them_and_the_model_grows(tmp_path: Path) -> None:
+    with LocalFederation(tmp_path, WIDE) as federation:
+        for method in ({"kind": "fedma"}, {"kind": "ot_fusion", "inner": "fedavg"}):
+            settings = {"task": "digits", "rounds": 2, "seed": 3, "device": "cpu", "start": "own"}
+            folder = finished(federation, ROOT, {**settings, "aggregator": json.dumps(method)})
+            here = loopback.run(settings.pop("task"), method, nodes=WIDE, **settings).model
+            there = load_file(folder / "round-0002.safetensors")
+            assert len(here.params["hidden1.bias"]) >= 40
+            for tensor, value in here.params.items():
+                found = there[json.dumps(["params", tensor])]
+                torch.testing.assert_close(
+                    found, value, rtol=2e-6, atol=1e-6, msg=lambda m, k=method["kind"]: f"{k}: {m}"
+                )
+
+
+def test_a_client_killed_between_the_layers_of_fedma_leaves_the_pass_and_its_units_stay(tmp_path: Path) -> None:
+    config = {"task": "digits", "rounds": 1, "min-clients": 3, "quorum": 2, "deadline": 30.0, "start": "own"}
+    with LocalFederation(tmp_path, WIDE) as federation:
+        run_id = federation.submit(ROOT, {**config, "aggregator": "fedma", "runs-dir": str(tmp_path / "runs")})
+        folder, end = tmp_path / "runs" / run_id, time.monotonic() + 120
+        while len([*folder.rglob("0001-00-*")]) < 3 and time.monotonic() < end:
+            time.sleep(0.1)
+        federation.kill_node(2)
+        assert federation.wait(run_id, timeout=300)["status"] == "finished:completed"
+        (record,) = records(folder)
+    admitted = [len(exchange["admitted"]) for exchange in record["exchanges"]]
+    assert record["status"] == "merged"
+    assert (admitted[0], admitted[-1]) == (3, 2)
+    assert record["metrics"]["units_before.hidden1"] == 40
+    assert record["metrics"]["units.hidden1"] >= 40
