@@ -21,6 +21,7 @@ from .symmetry import Layout, Sizes, Symmetry, groups, places, rows
 from .tensors import add_scaled_, like, widened, zeros
 from .update import ClientUpdate, GlobalModel, Memory, Merged, Tensors
 
+PRICES = 1e-9  # of new atoms: those that are closer are one
 RISE = 1e-7  # of the gains: a smaller one is rounding
 TINY = 1e-30  # a precision: of what no client has any more
 Updates: TypeAlias = Sequence[ClientUpdate]
@@ -97,12 +98,50 @@ def _room(units: int, atoms: int, prior: Prior) -> int:
 
 
 def assigned(gain: Tensor, atoms: int) -> Tensor:
-    """The atom of each unit, no two the same, so that gains sum to the most; new ones in the order of the units."""
-    gain = gain - gain.amax(1, keepdim=True)  # the same assignment, found in up to 200 times less time
-    units = torch.from_numpy(linear_sum_assignment(gain.numpy(), maximize=True)[1])
+    """The atom of each unit, no two the same, so that gains sum to the most; new ones in the order of the units.
+
+    That a q-th new atom costs 2 log q comes to one price on each: of the best assignment, with m of them, one between
+    2 log m and 2 log (m + 1), at which units choose by themselves whether to be new. That takes far less time.
+    """
+    room = gain.shape[1] - atoms
+    units = _chosen(gain[:, :atoms] - gain[:, atoms : atoms + 1], room) if room else _hungarian(gain)
     new = units >= atoms
-    units[new] = atoms + torch.arange(int(new.sum()))
+    units[new] = atoms + torch.arange(int(new.count_nonzero()))
     return units
+
+
+def _chosen(known: Tensor, room: int) -> Tensor:
+    """The atom of each unit by what it gains over a new one, or one beyond the last: the price is found by bisection.
+
+    Where two numbers of new atoms are best at one price, the better of those beside it that were met.
+    """
+    low, high, price = 0.0, 2 * log(1 + room) + 2 * float(known.abs().amax() if known.numel() else 0), log(1 + room)
+    best, most = torch.zeros(0, dtype=torch.int64), -torch.inf
+    while high - low > PRICES:
+        units = _priced(known, price)
+        new = int((units >= known.shape[1]).count_nonzero())
+        kept = (units < known.shape[1]).nonzero().flatten()
+        value = float(known[kept, units[kept]].sum()) - 2 * lgamma(1 + new)
+        if new <= room and value > most:
+            best, most = units, value
+        if new > room or (new and price < 2 * log(new)):
+            low = price
+        elif new < room and price > 2 * log(1 + new):
+            high = price
+        else:
+            break
+        price = (low + high) / 2 if new or low else 0.0
+    return best
+
+
+def _priced(known: Tensor, price: float) -> Tensor:
+    """The atom of each unit, or one beyond the last for those that do better to pay the price."""
+    alone = torch.full((len(known), len(known)), -torch.inf, dtype=known.dtype)
+    return _hungarian(torch.cat([known, alone.fill_diagonal_(-price)], 1))
+
+
+def _hungarian(gain: Tensor) -> Tensor:
+    return torch.from_numpy(linear_sum_assignment(gain.numpy(), maximize=True)[1])
 
 
 def match_units(
