@@ -32,8 +32,8 @@ class ActivationMatching(Aggregator):
     data on the server. Where a group stands in several layers, or a unit for a block of channels, correlations are
     averaged; ties, dead units and groups that no linear or convolutional layer brings forth are settled by weights.
 
-    All clients are matched to one anchor. `first`: the first client's trained model, by id. A second exchange sends it
-    to the cohort, and to each its own model again, since clients keep nothing; right whatever they start from.
+    All clients are matched to one anchor. `first`: the trained model of the first client, by name. A second exchange
+    sends it to the cohort, and to each its own model again, since clients keep nothing; right whatever they start from.
     `global`: θ_t, in the exchange that trains, in the memory of one update. Right once θ_t has been trained; in the
     first round of clients that start from their own it is a network that knows nothing, and matching to it is worse
     than to a trained one, though far better than none.

@@ -217,7 +217,7 @@ class CohortAggregator(Aggregator, ABC):
 
     @abstractmethod
     def merge(self, model: GlobalModel, updates: Sequence[ClientUpdate]) -> Merged:
-        """Every name of the model, buffers too, from the updates sorted by client_id."""
+        """Every name of the model, buffers too, from the updates sorted by client, its name and id."""
 
     @final
     def questions(self) -> Iterator[Question]:

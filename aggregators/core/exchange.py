@@ -38,7 +38,7 @@ collect: Fold[list[ClientUpdate], list[ClientUpdate]] = Fold(
     init=list,
     accumulate=lambda updates, update: [*updates, update],
     combine=lambda a, b: a + b,
-    finalize=lambda updates: sorted(updates, key=lambda update: update.client_id),
+    finalize=lambda updates: sorted(updates, key=lambda update: (update.name, update.client_id)),
 )
 
 
@@ -150,7 +150,7 @@ def premap(
 def premap_cohort(
     round: Round, f: Callable[[Sequence[ClientUpdate]], Sequence[ClientUpdate]], request: Request = Request()
 ) -> Round:
-    """The round with f(updates, sorted by client) in place of a train exchange's updates; holds them all at once."""
+    """The round with f(updates, sorted by name and id) in place of a train exchange's updates; holds them all."""
 
     def change(exchange: Exchange[Any]) -> tuple[Exchange[Any], Back]:
         asked = replace(exchange, fold=collect, request=exchange.request | request)

@@ -269,6 +269,11 @@ def test_a_wrappers_request_is_added_to_train_exchanges_only(wrapped: str) -> No
 # --- premap_cohort ----------------------------------------------------------------------------------------------
 
 
+def test_collected_updates_come_in_the_order_of_names_whatever_ids_a_server_gives() -> None:
+    arrived = [replace(update(number), name=name) for number, name in ((7, "b"), (9, "a"), (3, "b"), (5, ""))]
+    assert [one.client_id for one in collect.finalize(arrived)] == [5, 9, 3, 7]
+
+
 def test_premap_cohort_maps_the_sorted_cohort_of_train_exchanges_only() -> None:
     seen: list[list[int]] = []
 
