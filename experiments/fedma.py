@@ -10,24 +10,29 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import cache
 from io import StringIO
 from itertools import accumulate, product
 from statistics import fmean
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, cast, final
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pydantic import Field
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from aggregators.alignment.fedma import FedMA
 from aggregators.alignment.pfnm import PFNM
+from aggregators.core.base import Aggregator
+from aggregators.core.exchange import Back, Exchange, Round, rewrap
 from aggregators.core.fitting import fit
+from aggregators.core.registry import AnyAggregator
 from aggregators.core.seed import derive_seed
-from aggregators.core.update import Tensors
+from aggregators.core.update import GlobalModel, Tensors
 from client.task import Examples, Node, Task, load, parse, tensors
 from client.tasks.images import Images
 from client.tasks.mnist import Mnist
@@ -50,6 +55,10 @@ ONE_SHOT: Mapping[str, Config] = {
     "PFNM": {"kind": "pfnm"},
     "PFNM, paper": PFNM.paper().model_dump(),
 }
+EPOCHS, FIRST = 2, 8
+ENSEMBLE, LONGER = "prediction ensemble", "prediction ensemble, trained as long"
+LINES = {ENSEMBLE: "--", LONGER: ":"}
+COSTS = {"exchanges": "exchanges", "epochs": "epochs", "bytes": "nbytes"}
 GATED = "perceptron 3 × 64, 3 clients"
 SLACK, GAIN, GROWTH = 0.01, 0.4, 1.25
 
@@ -126,20 +135,38 @@ def pictures(num: int) -> TensorDataset:
     return cast(TensorDataset, Cifar10(limit=num).data({})[0])
 
 
+@final
+class Begun(Aggregator):
+    """The inner method, clients training for so many epochs before they are asked for the first time."""
+
+    kind: Literal["experiments.fedma:Begun"] = "experiments.fedma:Begun"
+    inner: AnyAggregator = Field(description="the method that merges")
+    epochs: int = Field(default=8, ge=1, description="of the run's first exchange")
+
+    def round(self, model: GlobalModel) -> Round:
+        """The inner's."""
+        longer = iter([{"epochs": self.epochs}] if model.round == 1 else [])
+
+        def change(exchange: Exchange[Any]) -> tuple[Exchange[Any], Back]:
+            return replace(exchange, training={**exchange.training, **next(longer, {})}), lambda answer: answer
+
+        merged = yield from rewrap(self.inner.round(model.within()), change)
+        return merged._replace(memory={"inner": merged.memory})
+
+
 class Setting(NamedTuple):
-    """A network, its levels of units, and how its clients train in an exchange, on how many examples each."""
+    """A network, its levels of units, its clients and how many examples each has, and passes of FedMA."""
 
     task: Config
     levels: int
     clients: int
     examples: int
-    passes: int
-    training: Training
+    passes: int = 1
 
     @property
-    def exchanges(self) -> int:
-        """Of a pass: one for each level, and one for the last layer."""
-        return self.levels + 1
+    def epochs(self) -> list[int]:
+        """Of training in each pass of FedMA."""
+        return [FIRST + EPOCHS * self.levels, *[EPOCHS * (self.levels + 1)] * (self.passes - 1)]
 
     def dealt(self, skew: str, seed: int) -> Config:
         """The task, its examples dealt so."""
@@ -147,11 +174,22 @@ class Setting(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A method by its configuration, where clients begin, and FedProx's pull."""
+    """A method by its configuration, and FedProx's pull."""
 
     config: Config
-    start: Literal["own", "shared"]
     proximal: float = 0.0
+
+    @property
+    def matches(self) -> bool:
+        """Whether a round is a pass, clients beginning from own starts; else it is one exchange, from a shared one."""
+        return "inner" in self.config
+
+    def epochs(self, setting: Setting) -> list[int]:
+        """Of training in each round."""
+        if not self.matches:
+            return [EPOCHS] * (sum(setting.epochs) // EPOCHS)
+        more = (self.config["inner"].get("last_epochs") or EPOCHS) - EPOCHS
+        return [epochs + more for epochs in setting.epochs]
 
 
 class Case(NamedTuple):
@@ -163,37 +201,39 @@ class Case(NamedTuple):
 
 
 class Course(NamedTuple):
-    """Accuracy on the test data, bytes of a client and growth, by round; and the exchanges that a round takes."""
+    """By round: accuracy on the test data, growth; and of each client: bytes, epochs of training, and exchanges."""
 
     accuracy: list[float]
-    nbytes: list[float]
     growth: list[float]
-    exchanges: int = 1
+    nbytes: list[float]
+    epochs: list[float]
+    exchanges: list[float]
 
 
 Courses: TypeAlias = Mapping[Case, Sequence[Course]]
 
 PERCEPTRON: Config = {"kind": "experiments.mode_connectivity:Perceptron", "width": 64, "validation": 0.0}
 LENET: Config = {"kind": "experiments.fedma:LeNet", "validation": 0.0}
-SGD = Training(epochs=2, learning_rate=0.05, batch_size=32)
-ADAM = Training(epochs=2, optimizer="adamw", learning_rate=1e-3, batch_size=32)
 FULL = {
-    GATED: Setting(PERCEPTRON, 3, 3, 8000, 3, SGD),
-    "perceptron 3 × 64, 8 clients": Setting(PERCEPTRON, 3, 8, 7500, 1, SGD),
-    "LeNet, 4 clients": Setting(LENET, 4, 4, 4000, 2, SGD),
-    "VGG, 2 clients": Setting({"kind": "experiments.fedma:Vgg"}, 4, 2, 5000, 1, ADAM),
+    GATED: Setting(PERCEPTRON, levels=3, clients=3, examples=8000, passes=2),
+    "perceptron 3 × 64, 8 clients": Setting(PERCEPTRON, levels=3, clients=8, examples=2500),
+    "LeNet, 4 clients": Setting(LENET, levels=4, clients=4, examples=2000),
+    "VGG, 2 clients": Setting({"kind": "experiments.fedma:Vgg"}, levels=4, clients=2, examples=2500),
 }
-QUICK = {GATED: FULL[GATED]._replace(passes=1)}
-
-
-def methods(training: Training) -> dict[str, Method]:
-    """The contestants that take many exchanges."""
-    return {
-        "FedMA": Method({"kind": "fedma"}, "own"),
-        "FedMA, paper": Method(FedMA.paper(training.epochs, training.learning_rate).model_dump(), "own"),
-        "FedAvg": Method({"kind": "fedavg"}, "shared"),
-        "FedProx": Method({"kind": "fedavg"}, "shared", MU),
-    }
+QUICK = {GATED: FULL[GATED]._replace(examples=1500, passes=1)}
+TRAINING = Training(epochs=EPOCHS)
+METHODS = {
+    "FedMA": Method({"kind": "experiments.fedma:Begun", "epochs": FIRST, "inner": {"kind": "fedma"}}),
+    "FedMA, paper": Method(
+        {
+            "kind": "experiments.fedma:Begun",
+            "epochs": FIRST,
+            "inner": FedMA.paper(EPOCHS, TRAINING.learning_rate).model_dump(),
+        }
+    ),
+    "FedAvg": Method({"kind": "fedavg"}),
+    "FedProx": Method({"kind": "fedavg"}, MU),
+}
 
 
 def run(quick: bool, seeds: int) -> Report:
@@ -206,7 +246,7 @@ def run(quick: bool, seeds: int) -> Report:
             courses.setdefault(Case(network, skew, method), []).append(found)
     return Report(
         title="FedMA: matched averaging of networks that began apart",
-        tables=tables(courses, settings),
+        tables=tables(courses),
         plot=lambda figure: plot(courses, figure),
         gates=gates(courses),
         notes=NOTES,
@@ -215,26 +255,29 @@ def run(quick: bool, seeds: int) -> Report:
 
 def outcome(setting: Setting, skew: str, seed: int) -> dict[str, Course]:
     """The course of every method; a seed deals the same data, and draws the same starts, for all."""
-    live = {name: course(setting, skew, method, seed) for name, method in methods(setting.training).items()}
-    return {**live, **one_shot(alone(setting, skew, seed))}
+    live = {name: course(setting, skew, method, seed) for name, method in METHODS.items()}
+    longer = ensemble(alone(setting, skew, seed, setting.epochs[0]), setting.epochs[0])
+    return {**live, **one_shot(alone(setting, skew, seed, FIRST)), LONGER: longer}
 
 
 def course(setting: Setting, skew: str, method: Method, seed: int) -> Course:
     """The federation's course, run unless it was run before by the same code."""
-    passes = setting.passes * (1 if method.start == "own" else setting.exchanges)
+    epochs = method.epochs(setting)
     settings = {
         "task": setting.dealt(skew, seed),
         "aggregator": method.config,
         "clients": setting.clients,
-        "rounds": passes,
+        "rounds": len(epochs),
         "seed": seed,
-        "start": method.start,
-        "training": {**setting.training.model_dump(exclude={"rounds"}), "proximal": method.proximal},
+        "start": "own" if method.matches else "shared",
+        "training": {**TRAINING.model_dump(exclude={"rounds"}), "proximal": method.proximal},
     }
     code = sources("aggregators", "client", "server", "experiments/fedma.py", "experiments/mode_connectivity.py")
     kept = cached("fedma", {**settings, "code": code}, lambda: _run(settings))
-    accuracy, nbytes, growth = (kept[name].tolist() for name in ("accuracy", "nbytes", "growth"))
-    return Course(accuracy, nbytes, growth, int(kept["exchanges"]))
+    accuracy, growth, nbytes, exchanges = (
+        kept[name].tolist() for name in ("accuracy", "growth", "nbytes", "exchanges")
+    )
+    return Course(accuracy, growth, nbytes, [float(number) for number in epochs], exchanges)
 
 
 def _run(settings: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -245,20 +288,19 @@ def _run(settings: Mapping[str, Any]) -> dict[str, Tensor]:
     lost = [record["reason"] for record in records if record["status"] != "merged"]
     if left_out or lost:
         raise RuntimeError(f"{settings['aggregator']}: {'; '.join([*left_out, *lost])}")
-    nbytes = [sum(e["bytes_in"] + e["bytes_out"] for e in exchanges) / settings["clients"] for exchanges in asked]
-    return {
-        "accuracy": torch.tensor([record["test"]["accuracy"] for record in records], dtype=torch.float64),
-        "nbytes": torch.tensor(nbytes, dtype=torch.float64),
-        "growth": torch.tensor([record["metrics"].get("growth", 1.0) for record in records], dtype=torch.float64),
-        "exchanges": torch.tensor(len(asked[0])),
+    found = {
+        "accuracy": [record["test"]["accuracy"] for record in records],
+        "growth": [record["metrics"].get("growth", 1.0) for record in records],
+        "nbytes": [sum(e["bytes_in"] + e["bytes_out"] for e in each) / settings["clients"] for each in asked],
+        "exchanges": [len(exchanges) for exchanges in asked],
     }
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
 
 
-def alone(setting: Setting, skew: str, seed: int) -> Cohort:
-    """The clients' networks, from the starts that a federation has, trained as long as in a pass."""
-    task = parse(json.dumps(setting.dealt(skew, seed)))
-    training = setting.training.model_copy(update={"epochs": setting.exchanges * setting.training.epochs})
-    clients = []
+def alone(setting: Setting, skew: str, seed: int, epochs: int) -> Cohort:
+    """The clients' networks after so many epochs alone, from the starts that a federation has."""
+    task, clients = parse(json.dumps(setting.dealt(skew, seed))), []
+    training = TRAINING.model_copy(update={"epochs": epochs})
     for part in range(setting.clients):
         with seeded(derive_seed(seed, "initial", part)):
             start = tensors(task.model())
@@ -268,21 +310,26 @@ def alone(setting: Setting, skew: str, seed: int) -> Cohort:
 
 
 def one_shot(cohort: Cohort) -> dict[str, Course]:
-    """What merging once makes of these networks; their mean and their ensemble's accuracy."""
-    rounds = {name: cohort.round(config) for name, config in ONE_SHOT.items()}
+    """What merging once makes of the networks that FedMA begins to match; their mean and their ensemble's accuracy."""
+    task, test = cohort.clients[0].task, cast(TensorDataset, cohort.clients[0].task.test_data())
+    found = {}
+    for name, config in ONE_SHOT.items():
+        merged, nbytes = cohort.round(config)
+        growth = float(merged.metrics.get("growth", 1.0))
+        found[name] = _once(score(task, merged.params), growth, nbytes, FIRST)
+    single = fmean(accuracy(task, [client.params], test) for client in cohort.clients)
+    return {**found, "mean single client": _once(single, 1.0, 0.0, FIRST), ENSEMBLE: ensemble(cohort, FIRST)}
+
+
+def ensemble(cohort: Cohort, epochs: int) -> Course:
+    """The prediction ensemble of these networks, each of which was sent once."""
     task, models = cohort.clients[0].task, [client.params for client in cohort.clients]
-    test, sent = cast(TensorDataset, task.test_data()), rounds["one-shot average"].nbytes
-    found = {
-        name: Course([score(task, round.merged.params)], [round.nbytes], [_growth(round.merged.metrics)])
-        for name, round in rounds.items()
-    }
-    single = fmean(accuracy(task, [params], test) for params in models)
-    ensemble = Course([accuracy(task, models, test)], [sent], [float(len(models))])
-    return {**found, "mean single client": Course([single], [0.0], [1.0]), "prediction ensemble": ensemble}
+    found = accuracy(task, models, cast(TensorDataset, task.test_data()))
+    return _once(found, float(len(models)), cohort.round({"kind": "fedavg"}).nbytes, epochs)
 
 
-def _growth(metrics: Mapping[str, float | Tensor]) -> float:
-    return float(metrics.get("growth", 1.0))
+def _once(accuracy: float, growth: float, nbytes: float, epochs: int) -> Course:
+    return Course([accuracy], [growth], [nbytes], [float(epochs)], [1.0])
 
 
 def score(task: Task, params: Tensors) -> float:
@@ -292,18 +339,17 @@ def score(task: Task, params: Tensors) -> float:
     return evaluate(task, model, cast(TensorDataset, task.test_data()))["accuracy"]
 
 
-def tables(courses: Courses, settings: Mapping[str, Setting]) -> dict[str, list[Row]]:
-    """Every method after one pass, and the federations' way by exchange and by byte."""
-    live = [case for case in courses if case.method in methods(settings[case.network].training)]
-    passes = {case: range(1, settings[case.network].passes + 1) for case in live}
-    return {
-        "One pass of FedMA, others as long": [_row(case, _ended(case, courses)) for case in courses],
-        "Accuracy after as many exchanges as passes of FedMA": [
-            _row(case, {f"{p} passes": _after(courses, case, p, "exchanges") for p in passes[case]}) for case in live
-        ],
-        "Accuracy within as many bytes as passes of FedMA": [
-            _row(case, {f"{p} passes": _after(courses, case, p, "bytes") for p in passes[case]}) for case in live
-        ],
+def tables(courses: Courses) -> dict[str, list[Row]]:
+    """Every method's end, and the federations' way by exchange, by epoch and by byte."""
+    ends = {"Where every method ends": [_row(case, _ended(found)) for case, found in courses.items()]}
+    passes = max(len(found[0].accuracy) for case, found in courses.items() if case.method == "FedMA")
+    return ends | {
+        f"Accuracy by the time a pass of FedMA ends, in {cost}": [
+            _row(case, {f"pass {number}": _after(courses, case, number, cost) for number in range(1, passes + 1)})
+            for case in courses
+            if case.method in METHODS
+        ]
+        for cost in COSTS
     }
 
 
@@ -311,35 +357,37 @@ def _row(case: Case, cells: Row) -> Row:
     return {"network": case.network, "labels": case.skew, "method": case.method, **cells}
 
 
-def _ended(case: Case, courses: Courses) -> Row:
-    """Where the method is when FedMA has ended its first pass."""
-    ends = [_rounds(courses, case, 1, "exchanges", seed) for seed in range(len(courses[case]))]
-    found = [*zip(courses[case], ends, strict=True)]
+def _ended(found: Sequence[Course]) -> Row:
     return {
-        "accuracy": spread(course.accuracy[end - 1] for course, end in found),
-        "growth": spread(course.growth[end - 1] for course, end in found),
-        "exchanges": found[0][0].exchanges * ends[0],
-        "MB per client": round(fmean(sum(course.nbytes[:end]) for course, end in found) / 1e6, 2),
+        "accuracy": spread(course.accuracy[-1] for course in found),
+        "growth": spread(course.growth[-1] for course in found),
+        "rounds": len(found[0].accuracy),
+        "exchanges": int(sum(found[0].exchanges)),
+        "epochs": int(sum(found[0].epochs)),
+        "MB per client": round(fmean(sum(course.nbytes) for course in found) / 1e6, 2),
     }
 
 
-def _after(courses: Courses, case: Case, passes: int, cost: Literal["exchanges", "bytes"]) -> Cell:
-    """Accuracy when FedMA has ended so many passes, by what both have cost."""
-    ends = [_rounds(courses, case, passes, cost, seed) for seed in range(len(courses[case]))]
-    if not all(ends):
-        return "none ends"
-    return spread(course.accuracy[end - 1] for course, end in zip(courses[case], ends, strict=True))
+def _after(courses: Courses, case: Case, number: int, cost: str) -> Cell:
+    """Accuracy of the last round that costs no more than so many passes of FedMA."""
+    passes = courses[case._replace(method="FedMA")]
+    if number > len(passes[0].accuracy):
+        return ""
+    pairs = [
+        (course, reached(course, spent(one, cost)[number - 1], cost))
+        for course, one in zip(courses[case], passes, strict=True)
+    ]
+    return spread(course.accuracy[end - 1] for course, end in pairs) if all(end for _, end in pairs) else "none ends"
 
 
-def _rounds(courses: Courses, case: Case, passes: int, cost: Literal["exchanges", "bytes"], seed: int) -> int:
-    budget = costs(courses[case._replace(method="FedMA")][seed], cost)[passes - 1]
-    return sum(spent <= budget for spent in costs(courses[case][seed], cost))
+def reached(course: Course, budget: float, cost: str) -> int:
+    """How many of the course's rounds cost no more than `budget`."""
+    return sum(total <= budget for total in spent(course, cost))
 
 
-def costs(course: Course, cost: Literal["exchanges", "bytes"]) -> list[float]:
-    """What has been spent when each round ends."""
-    each = course.nbytes if cost == "bytes" else [float(course.exchanges)] * len(course.accuracy)
-    return [*accumulate(each)]
+def spent(course: Course, cost: str) -> list[float]:
+    """What each client has spent when each round ends."""
+    return [*accumulate(getattr(course, COSTS[cost]))]
 
 
 def gates(courses: Courses) -> list[Gate]:
@@ -347,8 +395,8 @@ def gates(courses: Courses) -> list[Gate]:
     iid, skewed = SKEWS
     growth = max(most for skew in SKEWS for found in courses[Case(GATED, skew, "FedMA")] for most in found.growth)
     return [
-        _above(courses, [iid], "prediction ensemble", -SLACK),
-        _above(courses, [skewed], "prediction ensemble", 0.0),
+        _above(courses, [iid], ENSEMBLE, -SLACK),
+        _above(courses, [skewed], ENSEMBLE, 0.0),
         _above(courses, [iid, skewed], "one-shot average", GAIN),
         Gate(f"{GATED}: FedMA grows to at most {GROWTH}", growth <= GROWTH, f"{growth:.4f} at most"),
         _above(courses, [iid, skewed], "PFNM, paper", 0.0, "PFNM"),
@@ -369,7 +417,7 @@ def gaps_of(courses: Courses, skew: str, method: str, other: str) -> list[float]
 
 
 def plot(courses: Courses, figure: Figure) -> None:
-    """A row of panels for each network: accuracy over exchanges and over bytes, for each skew."""
+    """A row of panels for each network: accuracy over epochs and over bytes, for each skew."""
     networks = list(dict.fromkeys(case.network for case in courses))
     figure.set_size_inches(16, 3.6 * len(networks))
     panels = figure.subplots(len(networks), 2 * len(SKEWS), squeeze=False)
@@ -380,27 +428,30 @@ def plot(courses: Courses, figure: Figure) -> None:
     panels[0][0].legend(fontsize="x-small")
 
 
-def _panels(over_exchanges: Axes, over_bytes: Axes, courses: Courses) -> None:
-    for number, (case, found) in enumerate(courses.items()):
-        means = [fmean(values) for values in zip(*(course.accuracy for course in found), strict=True)]
-        over_exchanges.plot(costs(found[0], "exchanges"), means, marker=".", color=f"C{number}", label=case.method)
-        spent = zip(*(costs(course, "bytes") for course in found), strict=True)
-        over_bytes.plot([fmean(x) / 1e6 for x in spent], means, marker=".", color=f"C{number}", label=case.method)
-        if case.method == "prediction ensemble":
-            for axes in (over_exchanges, over_bytes):
-                axes.axhline(means[0], linestyle="--", color="black", label=None)
-    over_exchanges.set(xlabel="exchange", ylabel="accuracy")
+def _panels(over_epochs: Axes, over_bytes: Axes, courses: Courses) -> None:
+    for axes, cost, scale in ((over_epochs, "epochs", 1.0), (over_bytes, "bytes", 1e6)):
+        for case, found in courses.items():
+            means = [fmean(values) for values in zip(*(course.accuracy for course in found), strict=True)]
+            at = [fmean(x) / scale for x in zip(*(spent(course, cost) for course in found), strict=True)]
+            if case.method in LINES:
+                axes.axhline(means[0], linestyle=LINES[case.method], color="black", label=case.method)
+            elif case.method in (*METHODS, "PFNM", "PFNM, paper"):
+                axes.plot(at, means, marker=".", label=case.method)
+    over_epochs.set(xlabel="epochs of training", ylabel="accuracy")
     over_bytes.set(xlabel="MB per client", ylabel="accuracy")
 
 
 NOTES = (
-    "Accuracies on the test data; mean ± sd over seeds, paired: a seed deals the same data, and draws the same starts, "
-    "for every method.",
-    "Clients train for two epochs in an exchange. A round of FedAvg and FedProx is one exchange, a round of FedMA a "
-    "pass, of one for each level and one for the last layer; its clients begin from starts of their own.",
-    "One-shot methods, the single clients and their ensemble are of networks that trained alone for as many epochs as "
-    "FedMA's clients do in a pass. By the published values FedMA trains the last layer three times as long.",
-    "Growth: units in the end over the widest client's; of the ensemble, whose every network is served, their number.",
+    "Accuracies on the test data; mean ± sd over seeds, paired: a seed deals the same data, and draws the same starts "
+    "of clients, for every method.",
+    f"Clients train for {FIRST} epochs from starts of their own. One-shot methods merge, and FedMA begins to match, "
+    f"the networks that they then have; of these is the ensemble. In any other exchange clients train for {EPOCHS} "
+    "epochs.",
+    "A round of FedMA is a pass: an exchange for each level of units and one for the last layer. Of FedAvg and "
+    "FedProx, which begin from a shared start, it is one exchange. The last ensemble is of networks that trained alone "
+    "for as many epochs as FedMA's clients do in the first pass.",
+    "By the published values FedMA trains the last layer three times as long, at a tenth of the rate.",
+    "Growth: units in the end over the widest client's; of an ensemble, whose every network is served, their number.",
     "MB per client: received and sent, as encoded for the wire.",
 )
 

@@ -30,8 +30,8 @@ RIGID = {
 class OtFusion(Aggregator):
     """The inner method's round on clients whose units are carried into those of a reference, whatever their widths.
 
-    Of each client and each group of units one plan T of least ⟨T, C⟩, between marginals that are equal or go by the
-    lengths of units' weights; C the distance of their weights, or of their activations, which clients measure in a
+    T = arg min ⟨T, C⟩ of each client and each group of units, between marginals that are equal or go by the lengths of
+    units' weights; C the distance of their weights, or of their activations, which clients measure in a
     second exchange, on their own examples, beside the reference. Units become convex combinations of those carried to
     them; `outgoing` is whether what reads them is summed, or averaged as in the reference implementation.
 

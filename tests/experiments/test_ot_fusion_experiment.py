@@ -19,7 +19,7 @@ from client.tasks.mnist import Mnist
 from client.tasks.own_data import Labelled
 from experiments import cache, finetuning, ot_fusion
 from experiments.mode_connectivity import Perceptron
-from experiments.ot_fusion import ACTIVATIONS, ALIKE, APART, DIGIT, INNER, ONE_WIDTH, PLAIN, WEIGHTS, Outcome, row
+from experiments.ot_fusion import ACTIVATIONS, ALIKE, APART, DIGIT, INNER, MATCHING, ONCE, PLAIN, WEIGHTS, Outcome, row
 from experiments.scores import LINES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +70,7 @@ def test_an_ensemble_is_of_any_widths_and_of_one_network_that_network() -> None:
 
 
 def test_clients_of_several_widths_are_only_transported() -> None:
-    assert {*ot_fusion.methods((64, 64))} >= {PLAIN, "weight matching"}
+    assert {*ot_fusion.methods((64, 64))} >= {PLAIN, MATCHING}
     for widths, inner in product(APART, INNER.values()):
         found = [parse(ot_fusion.around(how, inner)) for how in ot_fusion.methods(widths).values()]
         assert {method.kind for method in found} == {"ot_fusion"}
@@ -103,10 +103,11 @@ def test_the_specialist_holds_all_of_the_digit_and_few_others_the_generalist_the
 
 def test_however_they_are_matched_the_ways_ends_are_the_generalist_and_the_specialist() -> None:
     scores, ways = ot_fusion.lone_digit(0, OPTIONS, images())
-    assert [*ways] == [*ONE_WIDTH]
+    assert tuple(ways) == ONCE
     for matched, way in ways.items():
         assert (way[0], way[-1]) == (scores["generalist"]["accuracy"], scores["specialist"]["accuracy"])
         assert way[ot_fusion.STEPS // 2] == scores[f"{matched}, half and half"]["accuracy"]
+        assert max(way) == scores[f"{matched}, best proportion"]["accuracy"]
 
 
 def test_a_digit_is_known_by_the_share_of_its_images() -> None:
@@ -144,7 +145,7 @@ def outcome(**changes: float) -> Outcome:
     for name in (name for name in doubled if ", sum, " in name):
         doubled[name] = {"accuracy lost": changes.get("lost", 0.0), "outputs' change": changes.get("away", 1e-6)}
     digit = {"specialist": {"accuracy": 0.5, f"on {DIGIT}": 1.0}}
-    return Outcome(fused, dict.fromkeys(fused, 2e6), digit, dict.fromkeys(ONE_WIDTH, [0.5] * 11), doubled)
+    return Outcome(fused, dict.fromkeys(fused, 2e6), digit, dict.fromkeys(ONCE, [0.5] * 11), doubled)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_tables_and_plot_show_every_study() -> None:
     assert [len(rows) for rows in found] == [3 * 5 * 2, 3 * 4 * 2, 1, 8]
     assert found[0][0]["MB per client"] == 2.0
     numbers, widths, proportions = figure.axes
-    assert (len(numbers.containers), len(widths.patches), len(proportions.lines)) == (5, 3 * 5, 5)
+    assert (len(numbers.containers), len(widths.patches), len(proportions.lines)) == (5, 3 * 5, 4)
 
 
 @pytest.mark.paper
