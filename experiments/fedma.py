@@ -58,6 +58,7 @@ ONE_SHOT: Mapping[str, Config] = {
 EPOCHS, FIRST = 2, 8
 ENSEMBLE, LONGER = "prediction ensemble", "prediction ensemble, trained as long"
 LINES = {ENSEMBLE: "--", LONGER: ":"}
+FILES = tuple(f"experiments/{name}.py" for name in ("fedma", "mode_connectivity", "cifar10"))
 COSTS = {"exchanges": "exchanges", "epochs": "epochs", "bytes": "nbytes"}
 GATED = "perceptron 3 × 64, 3 clients"
 SLACK, GAIN, GROWTH = 0.01, 0.4, 1.25
@@ -218,7 +219,7 @@ FULL = {
     GATED: Setting(PERCEPTRON, levels=3, clients=3, examples=8000, passes=2),
     "perceptron 3 × 64, 8 clients": Setting(PERCEPTRON, levels=3, clients=8, examples=2500),
     "LeNet, 4 clients": Setting(LENET, levels=4, clients=4, examples=2000),
-    "VGG, 2 clients": Setting({"kind": "experiments.fedma:Vgg"}, levels=4, clients=2, examples=2500),
+    "VGG, 2 clients": Setting({"kind": "experiments.fedma:Vgg"}, levels=4, clients=2, examples=1500),
 }
 QUICK = {GATED: FULL[GATED]._replace(examples=1500, passes=1)}
 TRAINING = Training(epochs=EPOCHS)
@@ -272,7 +273,7 @@ def course(setting: Setting, skew: str, method: Method, seed: int) -> Course:
         "start": "own" if method.matches else "shared",
         "training": {**TRAINING.model_dump(exclude={"rounds"}), "proximal": method.proximal},
     }
-    code = sources("aggregators", "client", "server", "experiments/fedma.py", "experiments/mode_connectivity.py")
+    code = sources("aggregators", "client", "server", *FILES)
     kept = cached("fedma", {**settings, "code": code}, lambda: _run(settings))
     accuracy, growth, nbytes, exchanges = (
         kept[name].tolist() for name in ("accuracy", "growth", "nbytes", "exchanges")
@@ -436,7 +437,7 @@ def _panels(over_epochs: Axes, over_bytes: Axes, courses: Courses) -> None:
             if case.method in LINES:
                 axes.axhline(means[0], linestyle=LINES[case.method], color="black", label=case.method)
             elif case.method in (*METHODS, "PFNM", "PFNM, paper"):
-                axes.plot(at, means, marker=".", label=case.method)
+                axes.plot(at, means, marker="." if len(at) > 2 else "D", label=case.method)
     over_epochs.set(xlabel="epochs of training", ylabel="accuracy")
     over_bytes.set(xlabel="MB per client", ylabel="accuracy")
 

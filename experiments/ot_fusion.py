@@ -332,7 +332,7 @@ NOTES = (
     "and the reference. A merge costs one network to serve, the ensemble one per client.",
 )
 
-app = command_line("ot_fusion", run, seeds=3, quick_seeds=2)
+app = command_line("ot_fusion", run, seeds=3, quick_seeds=1)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
