@@ -1,4 +1,4 @@
-"""FedMA's cost matrix, its matching and plans of optimal transport by width and number of clients, and FedMA's bytes."""
+"""FedMA's costs, matching and bytes, and plans of optimal transport, by width and number of clients."""
 
 from __future__ import annotations
 
