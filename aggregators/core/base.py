@@ -21,8 +21,8 @@ class Aggregator(BaseModel, ABC):
 
     `kind`, a Literal in every final class, is its name in configuration. `needs` names what the server must provide:
     "probe" (held-out data), "shared_start" (clients that start from the server's model), "symmetry" (the permutations
-    that the task's network admits). `examples` are further
-    settings under which the contract suite tries the method, `inners` what it tries a wrapper with.
+    that the task's network admits). `examples` are further settings under which the contract suite tries the method,
+    `inners` what it tries a wrapper with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
