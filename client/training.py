@@ -18,6 +18,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 from torch.utils.data import DataLoader
 
+from aggregators.core.functional import evaluating
 from client.task import Examples, Task
 
 Batch: TypeAlias = tuple[Tensor, ...]  # inputs and targets
@@ -104,18 +105,6 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it, the model is in eval mode; after it, every module is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _moving(model: nn.Module, frozen: frozenset[str]) -> list[Tensor]:

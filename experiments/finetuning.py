@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from aggregators.core.exchange import Exchange, run
+from aggregators.core.functional import evaluating
 from aggregators.core.registry import parse
 from aggregators.core.seed import derive_seed
 from aggregators.core.update import ClientUpdate, Estimator, GlobalModel, Gradients, Merged, Probe, Request, Tensors
@@ -20,7 +21,7 @@ from client import wire
 from client.statistics import measure
 from client.statistics.gradients import gradients
 from client.task import Task, is_private, load, tensors
-from client.training import Training, evaluating, seeded, train
+from client.training import Training, seeded, train
 from server.app import symmetry
 from server.wire import encode, nbytes
 

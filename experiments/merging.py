@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from aggregators.core.base import Aggregator, CohortAggregator, SumAggregator
+from aggregators.core.functional import evaluating
 from aggregators.core.registry import parse
 from aggregators.core.seed import derive_seed
 from aggregators.core.update import ClientUpdate, GlobalModel, Request, Tensors
 from client.statistics import measure
 from client.task import Examples, Task, load
-from client.training import Batch, evaluating
+from client.training import Batch
 
 from .report import Row, spread
 

@@ -19,6 +19,7 @@ from rich.progress import track
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from aggregators.core.diagnosis import between
 from aggregators.core.seed import derive_seed
 from aggregators.core.update import Tensors
 from client.task import Task, load
@@ -181,13 +182,6 @@ def way(setting: Setting, cohort: Cohort, start: Tensors, end: Tensors) -> Way:
         load(model, reset(params, cohort, setting.reset) if setting.reset else params)
         scores.append(evaluate(task, model, test))
     return Way(*([score[key] for score in scores] for key in Way._fields))
-
-
-def between(start: Tensors, end: Tensors, t: float) -> Tensors:
-    """(1 − t) start + t end; counters are the start's."""
-    return {
-        name: torch.lerp(value, end[name], t) if value.is_floating_point() else value for name, value in start.items()
-    }
 
 
 def reset(params: Tensors, cohort: Cohort, num: int) -> Tensors:

@@ -24,7 +24,7 @@ from aggregators.core.seed import derive_seed
 from aggregators.core.update import Tensors
 
 from .finetuning import Cohort, Config, Finetuned, Round, initial
-from .mode_connectivity import KEPT, Perceptron, between
+from .mode_connectivity import KEPT, Perceptron
 from .repair import TRAINING
 from .report import Gate, Report, Row, command_line
 from .scores import LINES, Scores, bars, gap, over, table

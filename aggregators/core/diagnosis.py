@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from .matching import Matching
 from .tensors import norm
@@ -56,14 +57,12 @@ class Diagnosis:
         Running statistics go the same way: they are not measured anew in between.
         """
         ends = loss(self.start), loss(merged)
-        return max(0.0, *(loss(_between(self.start, merged, t)) - (1 - t) * ends[0] - t * ends[1] for t in POINTS))
+        return max(0.0, *(loss(between(self.start, merged, t)) - (1 - t) * ends[0] - t * ends[1] for t in POINTS))
 
 
-def _between(start: Tensors, end: Tensors, t: float) -> Tensors:
-    """(1 − t) start + t end; integers are those of the end."""
+def between(start: Tensors, end: Tensors, t: float) -> dict[str, Tensor]:
+    """(1 − t) start + t end, in their dtypes; integers are those of the start."""
     return {
-        name: torch.lerp(start[name].double(), value.double(), t).to(value.dtype)
-        if value.is_floating_point()
-        else value
-        for name, value in end.items()
+        name: torch.lerp(value.double(), end[name].double(), t).to(value.dtype) if value.is_floating_point() else value
+        for name, value in start.items()
     }

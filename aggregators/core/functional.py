@@ -33,7 +33,7 @@ def computed(module: nn.Module, tensors: Mapping[str, Tensor], *inputs: Tensor) 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within it, the module and all in it are in eval mode."""
+    """Within it, the module is in eval mode; after it, every module within is in the mode it was in."""
     modes = {one: one.training for one in module.modules()}
     module.eval()
     try:

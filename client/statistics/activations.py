@@ -15,11 +15,11 @@ from torch.nn.functional import pad, unfold
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils.data import Subset
 
-from aggregators.core.functional import computed
+from aggregators.core.functional import computed, evaluating
 from aggregators.core.update import Estimator, Gradients, Request, Tensors
 
 from ..task import Examples, Task, is_private
-from ..training import Batch, evaluating, seeded
+from ..training import Batch, seeded
 from .estimators import chosen, chunks, refusal, scored
 from .per_example import changed, plain_attention, widened
 

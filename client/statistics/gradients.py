@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from aggregators.core.functional import evaluating
 from aggregators.core.update import Estimator, Gradients, Tensors
 
 from ..task import Examples, Task
-from ..training import Batch, evaluating, seeded
+from ..training import Batch, seeded
 from .estimators import CHUNK, chosen, chunks, refusal, scored
 from .per_example import Outer, Rows, per_example, plain_attention
 

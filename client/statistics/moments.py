@@ -12,11 +12,11 @@ from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils.data import DataLoader, Subset
 
-from aggregators.core.functional import computed
+from aggregators.core.functional import computed, evaluating
 from aggregators.core.update import Gradients, Moments, Request, Tensors
 
 from ..task import Examples, Task, is_private
-from ..training import Batch, evaluating, seeded
+from ..training import Batch, seeded
 from .activations import Layer, Unmeasurable, channel_rows, detached, plain_layers
 from .estimators import CHUNK, chosen
 from .per_example import changed, widened

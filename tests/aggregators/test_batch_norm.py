@@ -189,6 +189,20 @@ def test_a_client_that_did_not_measure_a_norm_has_no_share_in_it() -> None:
     torch.testing.assert_close(few["1.running_var"], z.var(0, correction=0))
 
 
+def test_a_client_has_no_more_weight_than_its_examples_however_many_rows_it_claims() -> None:
+    measure = {"inner": FedAvg(), "source": "measure"}
+    fair = run(BatchNorm(**measure).round(START), answers(SITES)).params
+
+    def boasting(exchange: Exchange[Any]) -> Iterator[ClientUpdate]:
+        for update in answers(SITES)(exchange):
+            claimed = {name: Moments(10**6 * one.num, one.mean, 10**6 * one.m2) for name, one in update.moments.items()}
+            yield replace(update, moments=claimed) if update.client_id == SITES[0].client_id else update
+
+    found = run(BatchNorm(**measure).round(START), boasting).params
+    for name in ("1.running_mean", "1.running_var"):
+        torch.testing.assert_close(found[name], fair[name])
+
+
 def test_a_norm_that_nobody_measured_keeps_the_inners_statistics() -> None:
     silent = [without_moments(one) for one in SITES]
     found = run(BatchNorm(inner=FedAvg(), source="measure").round(START), answers(silent)).params

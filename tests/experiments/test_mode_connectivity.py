@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.data import TensorDataset
 
+from aggregators.core.diagnosis import between
 from client.task import tensors
 from client.tasks.idx import data_folder
 from client.tasks.mnist import Mnist
@@ -72,7 +73,7 @@ def test_a_way_begins_and_ends_at_the_networks_and_passes_their_mean() -> None:
 def test_between_two_networks_counters_are_the_first_ones() -> None:
     start = {"weight": torch.tensor([0.0, 4.0]), "num_batches_tracked": torch.tensor(7)}
     end = {"weight": torch.tensor([4.0, 0.0]), "num_batches_tracked": torch.tensor(9)}
-    found = mode_connectivity.between(start, end, 0.25)
+    found = between(start, end, 0.25)
     assert found["weight"].tolist() == [1.0, 3.0]
     assert found["num_batches_tracked"] == 7
 
