@@ -173,7 +173,7 @@ def hidden(inputs: int) -> GlobalModel:
     params = {name: torch.randn(shape) for name, shape in shapes.items()}
     symmetry = Symmetry(
         {"in.weight": ("in", None), "in.bias": ("in",), "out.weight": (None, "in")},
-        {"in": {("in.weight", 0): 1, ("in.bias", 0): 1, ("out.weight", 1): -1}},
+        scaled=["in"],
     )
     probe = Probe(loss=lambda params: 0.0, score=lambda params: 0.0)
     return GlobalModel(params=params, trainable=frozenset(params), symmetry=symmetry, probe=probe)

@@ -225,9 +225,10 @@ def balance(symmetry: Symmetry, params: Tensors) -> dict[str, Tensor]:
     unit that is dead or unread keeps its scale.
     """
     sizes = symmetry.sizes(params)
-    squares = {name: _squares(params[name], symmetry.axes[name]) for name, _ in symmetry.signs if name in params}
-    signs = {g: {sign for (name, _), sign in roles.items() if name in params} for g, roles in symmetry.scaled.items()}
-    total = {g: torch.ones(sizes[g], dtype=torch.float64) for g, both in signs.items() if len(both) == 2}
+    moved = {group: [name for name, _ in symmetry.members[group] if name in params] for group in symmetry.scaled}
+    squares = {name: _squares(params[name], symmetry.axes[name]) for names in moved.values() for name in names}
+    roles = {g: {symmetry.role(name, axis) for name, axis in symmetry.members[g] if name in params} for g in moved}
+    total = {g: torch.ones(sizes[g], dtype=torch.float64) for g, both in roles.items() if len(both) == 2}
     for _ in range(SWEEPS):
         last = dict(total)
         for group, factors in total.items():
@@ -248,10 +249,10 @@ def _squares(value: Tensor, axes: Axes) -> Tensor:
 
 def _ratio(symmetry: Symmetry, group: str, squares: Tensors, factors: Tensors, sizes: Sizes) -> Tensor:
     """√(‖w_out‖ / ‖w_in, b‖) of each unit of the network scaled so far, 1 where either is 0."""
-    roles = {place: sign for place, sign in symmetry.scaled[group].items() if place[0] in squares}
-    scaled = symmetry.scale({name: squares[name] for name, _ in roles}, factors, 2)
-    lengths = {sign: torch.zeros(sizes[group], dtype=torch.float64) for sign in (1, -1)}
-    for (name, axis), sign in roles.items():
+    places = [(name, axis) for name, axis in symmetry.members[group] if name in squares]
+    scaled = symmetry.scale({name: squares[name] for name, _ in places}, factors, 2)
+    lengths = {role: torch.zeros(sizes[group], dtype=torch.float64) for role in (1, -1)}
+    for name, axis in places:
         for matrix in rows(scaled[name].movedim(axis, 0), symmetry.axes[name][axis] or 1, group, sizes):
-            lengths[sign] += matrix.sum(1)
+            lengths[symmetry.role(name, axis)] += matrix.sum(1)
     return torch.where((lengths[1] > 0) & (lengths[-1] > 0), (lengths[-1] / lengths[1]).pow(0.25), 1.0)

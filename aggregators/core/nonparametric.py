@@ -231,22 +231,13 @@ class Depth:
 
     def __init__(self, symmetry: Symmetry) -> None:
         self.symmetry = symmetry
-        self.outputs = dict(self._outputs())
+        self.outputs = {name: self._output(name) for name in symmetry.axes}
         self.reads = {group: self._read(group) for group in symmetry.groups}
 
-    def _outputs(self) -> Iterator[tuple[str, int]]:
-        """Of each tensor the axis of the units that it brings forth or belongs to, if any.
-
-        That is what the symmetry says where units can be scaled; the first axis elsewhere, unless units are met for the
-        first time on another only, as those of embeddings and transposed convolutions are.
-        """
-        met: set[str] = set()
-        for name, axes in self.symmetry.axes.items():
-            signs = [self.symmetry.signs.get((name, axis), 0) for axis in range(len(axes))]
-            forth = [axis for axis, sign in enumerate(signs) if sign == 1]
-            new = [axis for axis, sign in enumerate(signs) if sign == 0 and {*groups(axes[axis])} - met]
-            yield name, [*forth, *new, 0][0]
-            met |= {group for layout in axes for group in groups(layout) if len(axes) > 1}
+    def _output(self, name: str) -> int:
+        """The axis of the units that the tensor brings forth or belongs to; the first if there is none."""
+        axes = enumerate(self.symmetry.axes[name])
+        return next((axis for axis, layout in axes if layout is not None and self.symmetry.role(name, axis) > 0), 0)
 
     def layout(self, name: str) -> Layout | None:
         """What the axis that the tensor brings forth is made of."""

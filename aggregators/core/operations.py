@@ -60,6 +60,11 @@ class Call:
         elif self.roles.setdefault((name, axis), sign) != sign:
             self.roles[name, axis] = 0
 
+    def roles_where(self, argument: str, forth: Sequence[bool]) -> None:
+        """Notes of each axis of a parameter whether it brings units forth, or reads them; nothing of other tensors."""
+        for axis, brings in enumerate(forth if argument in self.source else ()):
+            self.role(argument, axis, 1 if brings else -1)
+
 
 class Uniform(list[Part]):
     """The axes of a tensor that holds one number."""
@@ -389,8 +394,11 @@ def convolved_back(call: Call) -> Axes:
 def multiplied_as_matrices(call: Call) -> Axes:
     """Matrix products of tensors, which broadcast, perhaps added to another."""
     *others, a, b = call.tensors
-    unify(a[-1], b[-1 if len(b) == 1 else -2])
+    summed = [-1, -1 if len(b) == 1 else -2]
+    unify(a[summed[0]], b[summed[1]])
     _unscale(*call.tensors)
+    for argument, axis in zip([name for name, value in call.args.items() if is_axes(value)][-2:], summed, strict=True):
+        call.roles_where(argument, [other != axis % len(call[argument]) for other, _ in enumerate(call[argument])])
     rows, columns = a[-2:-1], b[-1:] if len(b) > 1 else []
     batch = _broadcast(call.shape[: len(call.shape) - len(rows) - len(columns)], [a[:-2], b[:-2]])
     return _broadcast(call.shape, [[*batch, *rows, *columns], *others])
@@ -404,9 +412,10 @@ def einsum(call: Call) -> Axes:
         raise ValueError("write its equation with a letter for each axis, and what comes out after ->")
     _unscale(*call["tensors"])
     axes: dict[str, Part] = {}
-    for letters, tensor in zip(inputs.split(","), call["tensors"], strict=True):
+    for number, (letters, tensor) in enumerate(zip(inputs.split(","), call["tensors"], strict=True)):
         for letter, part in zip(letters, tensor, strict=True):
             unify(axes.setdefault(letter, part), part)
+        call.roles_where(f"tensors.{number}", [letter in output for letter in letters])
     return [axes[letter].root() for letter in output]
 
 

@@ -38,12 +38,14 @@ class Symmetry:
     """The groups of units that can be permuted without changing what a network computes.
 
     `axes` says of each tensor by name what each axis is made of; a tensor that is not named stays as it is. Groups
-    have no size: they take that of the tensors. `scaled` are the groups whose units can be multiplied by any positive
-    number too, as ReLUs allow: group -> (tensor, axis) -> 1 where the axis brings the unit forth, -1 where it reads it.
+    have no size: they take that of the tensors. `roles` is 1 of each (tensor, axis) that brings units forth, -1 where
+    it reads them; where it does not say, second axes read. `scaled` are the groups whose units can be multiplied by any
+    positive number too, as ReLUs allow.
     """
 
     axes: Mapping[str, Axes]
-    scaled: Mapping[str, Mapping[tuple[str, int], int]] = field(default_factory=dict)
+    roles: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    scaled: Sequence[str] = ()
     hints: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
@@ -61,10 +63,9 @@ class Symmetry:
                     found[group].append((name, axis))
         return found
 
-    @cached_property
-    def signs(self) -> dict[tuple[str, int], int]:
-        """Of each (tensor, axis) whose units can be scaled whether it brings them forth, 1, or reads them, -1."""
-        return {place: sign for roles in self.scaled.values() for place, sign in roles.items()}
+    def role(self, name: str, axis: int) -> int:
+        """1 of an axis that brings forth its units, or belongs to them, -1 of one that reads them."""
+        return self.roles.get((name, axis)) or (-1 if axis == 1 else 1)
 
     def sizes(self, params: Tensors) -> dict[str, int]:
         """How many units each group has in a model of these tensors; ValueError where they contradict one another."""
@@ -90,7 +91,7 @@ class Symmetry:
         kept = {group for group, members in self.members.items() if all(name in params for name, _ in members)}
         axes = {name: tuple(_kept(layout, kept, sizes) for layout in layouts) for name, layouts in self.axes.items()}
         moving = {name: layouts for name, layouts in axes.items() if any(layout is not None for layout in layouts)}
-        return Symmetry(moving, {group: roles for group, roles in self.scaled.items() if group in kept}, self.hints)
+        return Symmetry(moving, self.roles, [group for group in self.scaled if group in kept], self.hints)
 
     def permute(self, params: Tensors, permutation: Permutation) -> dict[str, Tensor]:
         """The tensors with every group's units reordered; groups without an index stay."""
@@ -136,7 +137,7 @@ class Symmetry:
         return self._changed(update, sizes, lambda value, axes: _scaled(value, axes, factors, sizes))
 
     def _refuse_unscalable(self, factors: Mapping[str, Tensor]) -> None:
-        for group in factors.keys() - self.scaled.keys():
+        for group in factors.keys() - {*self.scaled}:
             raise ValueError(f"symmetry: the units of {group!r} cannot be scaled")
 
     def _sizes(self, update: ClientUpdate) -> dict[str, int]:
@@ -165,8 +166,7 @@ class Symmetry:
 
     def _powers(self, name: str, power: int = 1) -> Powers:
         """The axes of a tensor that scales like a parameter to this power."""
-        layouts = enumerate(self.axes.get(name, ()))
-        return [(layout, power * self.signs.get((name, axis), 0)) for axis, layout in layouts]
+        return [(layout, power * self.role(name, axis)) for axis, layout in enumerate(self.axes.get(name, ()))]
 
     def _outputs(self, layer: str, power: int = 1) -> Powers:
         """The axis of what the layer puts out, or of what a batch norm takes in."""

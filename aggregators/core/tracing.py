@@ -142,7 +142,7 @@ class _Tracer:
 
     def _call(self, node: Node, given: Mapping[str, Value]) -> Call:
         value = node.meta["val"]
-        nodes = {key: arg for key, arg in _bound(node).items() if isinstance(arg, Node)}
+        nodes = dict(_nodes(_bound(node)))
         results = [user for user in node.users if user.target is operator.getitem and user.users]
         return Call(
             target=cast(OpOverload, node.target),
@@ -169,21 +169,28 @@ class _Tracer:
         axes = {name: tuple(_layout(axis, names) for axis in self.axes[name]) for name in order}
         moving = {name: layouts for name, layouts in axes.items() if any(layout is not None for layout in layouts)}
         hints = {names[id(leaf)]: leaf.size for leaf in _leaves(_flat([*self.axes.values()])) if id(leaf) in names}
-        return Symmetry(moving, self._scaled(names), hints)
+        return Symmetry(moving, self._roles(), self._scaled(names), hints)
 
     def _fix_what_is_unread(self) -> None:
         """Keeps units that go through operations, perhaps cut off, and into none: longer inputs may read them."""
         read = {id(leaf) for given, found in self.passed for leaf in {*_leaves(given)} - {*_leaves(found)}}
         fix(*(leaf for leaf in _leaves(_flat([*self.axes.values()])) if id(leaf) not in read))
 
-    def _scaled(self, names: Mapping[int, str]) -> dict[str, dict[tuple[str, int], int]]:
-        found: dict[str, dict[tuple[str, int], int]] = {}
+    def _roles(self) -> dict[tuple[str, int], int]:
+        """What operations tell; the one long axis of a vector in more axes, such as a factor, belongs to its units."""
+        long = {name: [axis for axis, part in enumerate(parts) if part.size > 1] for name, parts in self.axes.items()}
+        vectors = {(name, axes[0]): 1 for name, axes in long.items() if len(axes) == 1}
+        return {place: sign for place, sign in {**vectors, **self.roles}.items() if sign}
+
+    def _scaled(self, names: Mapping[int, str]) -> list[str]:
+        """The groups that nothing keeps from being scaled, of whose every axis there is one role."""
+        found: dict[str, bool] = {}
         for name, parts in self.axes.items():
             for axis, part in enumerate(parts):
-                for leaf in part.leaves():
-                    if leaf.scalable and id(leaf) in names:
-                        found.setdefault(names[id(leaf)], {})[name, axis] = self.roles.get((name, axis), 0)
-        return {group: roles for group, roles in found.items() if all(roles.values())}
+                for leaf in (leaf for leaf in part.leaves() if id(leaf) in names):
+                    known = leaf.scalable and bool(self.roles.get((name, axis)))
+                    found[names[id(leaf)]] = known and found.get(names[id(leaf)], True)
+        return [group for group, every in found.items() if every]
 
 
 def _bound(node: Node) -> dict[str, Any]:
@@ -193,6 +200,13 @@ def _bound(node: Node) -> dict[str, Any]:
     arguments = node.target._schema.arguments
     given = zip((argument.name for argument in arguments), node.args, strict=False)
     return {**{argument.name: argument.default_value for argument in arguments}, **dict(given), **node.kwargs}
+
+
+def _nodes(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Node]]:
+    """The tensors among the arguments by name, those in a list by their number too, as `tensors.0`."""
+    for key, value in arguments.items():
+        listed = {f"{key}.{number}": one for number, one in enumerate(value)} if isinstance(value, list | tuple) else {}
+        yield from ((name, one) for name, one in {key: value, **listed}.items() if isinstance(one, Node))
 
 
 def _still(value: Any) -> Value:

@@ -153,11 +153,6 @@ def spread(plans: Plans) -> dict[str, Tensor]:
     return {group: (one / one.sum(1, keepdim=True)).mT for group, one in plans.items()}
 
 
-def reads(symmetry: Symmetry, name: str, axis: int) -> bool:
-    """Whether this axis of the tensor reads units, or brings them forth."""
-    return symmetry.signs.get((name, axis), -1 if axis == 1 else 1) < 0
-
-
 @dataclass(frozen=True, eq=False)
 class _Way:
     """What the units of a network of these sizes are multiplied by, where they are brought forth and where read."""
@@ -175,7 +170,7 @@ class _Way:
         """A tensor carried along all its axes, perhaps but one."""
         moved = value
         for axis, layout in enumerate(self.symmetry.axes.get(name, ())):
-            maps = self.read if reads(self.symmetry, name, axis) else self.forth
+            maps = self.forth if self.symmetry.role(name, axis) > 0 else self.read
             if layout is not None and axis != but and any(group in maps for group in groups(layout)):
                 moved = _along(moved.double().movedim(axis, 0), layout, maps, self.sizes).movedim(0, axis)
         return moved.to(value.dtype)
@@ -313,7 +308,7 @@ class _Pair:
     def _tensors(self, group: str, name: str, axis: int) -> tuple[Tensor, Tensor]:
         """A tensor of both, the first carried along its other axes, and as long along this one as it will be."""
         a, b = (params[name].double() for params in self.params)
-        summed = self.planner.outgoing == "sum" and reads(self.planner.symmetry, name, axis)
+        summed = self.planner.outgoing == "sum" and self.planner.symmetry.role(name, axis) < 0
         return self.way.one(name, a, but=axis) * (self.sizes[0][group] / self.sizes[1][group] if summed else 1.0), b
 
 

@@ -322,7 +322,7 @@ def test_seed_and_round_choose_the_orders_and_nothing_else() -> None:
 
 ONE_HIDDEN = Symmetry(
     {"1.weight": ("h", None), "1.bias": ("h",), "2.weight": (None, "h")},
-    {"h": {("1.weight", 0): 1, ("1.bias", 0): 1, ("2.weight", 1): -1}},
+    scaled=["h"],
 )
 SHAPES = {"1.weight": (5, 3), "1.bias": (5,), "2.weight": (2, 5), "2.bias": (2,)}
 

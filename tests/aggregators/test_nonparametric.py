@@ -299,7 +299,7 @@ def test_units_are_matched_by_weights_and_biases_and_not_by_norms() -> None:
 def test_what_brings_units_forth_may_say_so_in_whatever_order() -> None:
     symmetry = Symmetry(
         {"last.weight": (None, "a"), "first.weight": ("a", None)},
-        {"a": {("last.weight", 1): -1, ("first.weight", 0): 1}},
+        {("last.weight", 1): -1, ("first.weight", 0): 1},
     )
     assert levels(symmetry) == [(["a"], ["first.weight"])]
 

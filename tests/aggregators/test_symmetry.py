@@ -201,7 +201,7 @@ def test_groups_that_move_a_private_tensor_stay() -> None:
 
 
 def test_groups_given_by_hand_stay_with_a_private_tensor_too() -> None:
-    symmetry = Symmetry({"first": ("a",), "second": ("b",), "both": (Concat(("a", "b")),)}, {"a": {}, "b": {}})
+    symmetry = Symmetry({"first": ("a",), "second": ("b",), "both": (Concat(("a", "b")),)}, scaled=["a", "b"])
     shared = symmetry.within({"second": torch.zeros(2), "both": torch.zeros(5)})
     assert shared.axes == {"second": ("b",), "both": (Concat((3, "b")),)}
     assert [*shared.scaled] == ["b"]

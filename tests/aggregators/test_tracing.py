@@ -99,9 +99,43 @@ def test_units_between_relus_can_be_scaled(name: str) -> None:
     assert [*symmetry.scaled] == symmetry.groups
 
 
+@pytest.mark.parametrize(
+    ("network", "example", "roles"),
+    [
+        (nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)), torch.tensor([[1], [2]]), [("0.weight", 1, 1)]),
+        (
+            nn.Sequential(nn.Conv1d(1, 4, 1), nn.ConvTranspose1d(4, 3, 1), nn.Conv1d(3, 1, 1)),
+            torch.zeros(2, 1, 5),
+            [("1.weight", 0, -1), ("1.weight", 1, 1), ("2.weight", 1, -1)],
+        ),
+        (lambda: between(lambda self, x: x @ self.w, w=table(8, 8)), None, [("w", 0, -1), ("w", 1, 1)]),
+        (lambda: between(lambda self, x: (self.w @ x.mT).mT, w=table(8, 8)), None, [("w", 0, 1), ("w", 1, -1)]),
+        (
+            lambda: between(lambda self, x: torch.einsum("bi,io->bo", x, self.w), w=table(8, 8)),
+            None,
+            [("w", 0, -1), ("w", 1, 1)],
+        ),
+        (lambda: between(lambda self, x: x * self.w, w=table(1, 8)), None, [("w", 1, 1)]),
+        (
+            lambda: between(lambda self, x: self.cell(x)[0], cell=nn.LSTM(8, 8)),
+            None,
+            [("cell.weight_ih_l0", 0, 1), ("cell.weight_ih_l0", 1, -1), ("cell.weight_hh_l0", 1, -1)],
+        ),
+    ],
+)
+def test_axes_bring_units_forth_or_read_them_whatever_follows(
+    network: Any, example: Tensor | None, roles: list[tuple[str, int, int]]
+) -> None:
+    module = network if isinstance(network, nn.Module) else network()
+    symmetry = trace(module, torch.zeros(2, 4) if example is None else example)
+    for name, axis, role in roles:
+        assert symmetry.axes[name][axis] is not None
+        assert symmetry.role(name, axis) == role
+
+
 @pytest.mark.parametrize("name", ["ViT", "BERT", "LSTM", "DenseNet", "grouped"])
 def test_units_that_are_normalised_or_gated_cannot_be_scaled(name: str) -> None:
-    assert traced(name)[1].scaled == {}
+    assert traced(name)[1].scaled == []
 
 
 @every_network
@@ -241,9 +275,8 @@ def test_two_units_that_change_places_are_seen(seed: int) -> None:
 def test_scaling_what_is_not_proportional_is_refused() -> None:
     network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     symmetry = trace(network, torch.zeros(2, 3))
-    roles = {"0": {("0.weight", 0): 1, ("0.bias", 0): 1, ("2.weight", 1): -1}}
     with pytest.raises(ValueError, match="scaling the group '0' changes the outputs"):
-        verify(replace(symmetry, scaled=roles), network, torch.zeros(2, 3))
+        verify(replace(symmetry, scaled=["0"]), network, torch.zeros(2, 3))
 
 
 BY_HAND = {"1.weight": ("h", None), "1.bias": ("h",), "3.weight": (None, "h")}

@@ -174,11 +174,26 @@ class Stream(nn.Module):
         return y
 
 
+class Backward(nn.Module):
+    """Units that tanh keeps from being scaled, of words and of transposed convolutions: brought forth by second axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(6, 4)
+        self.up, self.back, self.out = nn.ConvTranspose1d(4, 5, 2), nn.ConvTranspose1d(5, 3, 1), nn.Linear(39, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = torch.tanh(self.words(x.flatten(1).long().abs() % 6).mT)
+        y: Tensor = self.out(torch.tanh(self.back(torch.tanh(self.up(words)))).flatten(1))
+        return y
+
+
 SMALL = images(1, 3, 4)
 NETS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "perceptron": (perceptron, SMALL),
     "convolutional": (convolutional, SMALL),
     "stream": (Stream, SMALL),
+    "backward": (Backward, 3 * SMALL),
     "LeNet": (lenet, NETWORKS["LeNet"].example),
 }
 every_net = pytest.mark.parametrize("name", NETS)
@@ -217,10 +232,11 @@ def shuffled(symmetry: Symmetry, params: Tensors, seed: int = 3) -> dict[str, Te
     return {group: torch.randperm(units, generator=generator) for group, units in symmetry.sizes(params).items()}
 
 
-READERS = {  # tensors whose second axis reads units
+READERS = {  # tensors that read units
     "perceptron": ("3.weight", "5.weight"),
     "convolutional": ("4.weight", "7.weight"),
     "stream": ("up.weight", "down.weight", "out.weight"),
+    "backward": ("up.weight", "back.weight", "out.weight"),
     "LeNet": ("3.weight", "7.weight", "9.weight", "11.weight"),
 }
 
@@ -325,8 +341,9 @@ def test_inputs_and_the_last_layers_outputs_are_never_carried(name: str) -> None
     scaled = {**params, last: params[last] * drawn(len(params[last]), 1)}
     torch.testing.assert_close(transport(symmetry, scaled, masses)[last], moved[last] * drawn(len(params[last]), 1))
     pixel = {**params, first: params[first].clone()}
-    pixel[first].select(-1, 0).zero_()
-    assert (transport(symmetry, pixel, masses)[first].select(-1, 0) == 0).all()
+    inputs = 0 if name == "backward" else -1  # words are the rows of a table
+    pixel[first].select(inputs, 0).zero_()
+    assert (transport(symmetry, pixel, masses)[first].select(inputs, 0) == 0).all()
 
 
 # --- loops ----------------------------------------------------------------------------------------------------------
