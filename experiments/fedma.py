@@ -10,35 +10,28 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import replace
 from functools import cache
 from io import StringIO
-from itertools import accumulate, product
+from itertools import accumulate, pairwise, product
 from statistics import fmean
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, cast, final
+from typing import Any, ClassVar, NamedTuple, TypeAlias, cast
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from pydantic import Field
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from aggregators.alignment.fedma import FedMA
 from aggregators.alignment.pfnm import PFNM
-from aggregators.core.base import Aggregator
-from aggregators.core.exchange import Back, Exchange, Round, rewrap
-from aggregators.core.fitting import fit
-from aggregators.core.registry import AnyAggregator
 from aggregators.core.seed import derive_seed
-from aggregators.core.update import GlobalModel, Tensors
-from client.task import Examples, Node, Task, load, parse, tensors
+from client.task import Examples, Node, parse, tensors
 from client.tasks.images import Images
 from client.tasks.mnist import Mnist
 from client.tasks.own_data import Labelled
 from client.tasks.partition import Scheme, Split, parts, place
-from client.training import Training, evaluate, seeded
+from client.training import Training, seeded
 from server import loopback
 
 from .cache import cached
@@ -98,24 +91,22 @@ class LeNet(Images):
         return Mnist().test_set()
 
 
-class Vgg(Task):
-    """CIFAR-10 for a VGG of three stages, its first `limit` images dealt to the clients as `partition.parts` says."""
+class Vgg(Cifar10):
+    """CIFAR-10 for a VGG of three stages, the first with `width` channels; images are dealt as `partition.parts` says."""
 
-    num_classes: ClassVar[int] = 10
-
+    width: int = 16
     partition: Scheme = "iid"
     alpha: float = 0.5
     partition_seed: int = 0
-    limit: int = 10_000
-    tested: int = 2000
 
     def model(self) -> nn.Module:
-        """A convolution and a pooling a stage, of 16, 32 and 64 channels, and 64 units: 89,834 parameters."""
+        """A convolution and a pooling a stage, each twice as wide as the one before, and a layer as wide as the last."""
         stages: OrderedDict[str, nn.Module] = OrderedDict()
-        for stage, (fan_in, width) in enumerate(((3, 16), (16, 32), (32, 64)), start=1):
-            stages[f"conv{stage}"] = nn.Conv2d(fan_in, width, 3, padding=1)
+        widths = (3, self.width, 2 * self.width, 4 * self.width)
+        for stage, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
+            stages[f"conv{stage}"] = nn.Conv2d(fan_in, fan_out, 3, padding=1)
             stages[f"relu{stage}"], stages[f"pool{stage}"] = nn.ReLU(), nn.MaxPool2d(2)
-        head = {"hidden4": nn.Linear(1024, 64), "relu4": nn.ReLU(), "output": nn.Linear(64, 10)}
+        head = {"hidden4": nn.Linear(16 * widths[-1], widths[-1]), "relu4": nn.ReLU(), "output": nn.Linear(widths[-1], 10)}
         return nn.Sequential(OrderedDict(**stages, flatten=nn.Flatten(), **head))
 
     def data(self, node: Node) -> tuple[Examples, Examples]:
@@ -125,34 +116,11 @@ class Vgg(Task):
         own = torch.from_numpy(parts(examples.tensors[1].numpy(), num, split)[part])
         return TensorDataset(*(x[own] for x in examples.tensors)), TensorDataset(*(x[:0] for x in examples.tensors))
 
-    def test_data(self) -> Examples:
-        """The first of the test images."""
-        return Cifar10(tested=self.tested).test_data()
-
 
 @cache
 def pictures(num: int) -> TensorDataset:
     """So many training images of CIFAR-10, in a process once."""
     return cast(TensorDataset, Cifar10(limit=num).data({})[0])
-
-
-@final
-class Begun(Aggregator):
-    """The inner method, clients training for so many epochs before they are asked for the first time."""
-
-    kind: Literal["experiments.fedma:Begun"] = "experiments.fedma:Begun"
-    inner: AnyAggregator = Field(description="the method that merges")
-    epochs: int = Field(default=8, ge=1, description="of the run's first exchange")
-
-    def round(self, model: GlobalModel) -> Round:
-        """The inner's."""
-        longer = iter([{"epochs": self.epochs}] if model.round == 1 else [])
-
-        def change(exchange: Exchange[Any]) -> tuple[Exchange[Any], Back]:
-            return replace(exchange, training={**exchange.training, **next(longer, {})}), lambda answer: answer
-
-        merged = yield from rewrap(self.inner.round(model.within()), change)
-        return merged._replace(memory={"inner": merged.memory})
 
 
 class Setting(NamedTuple):
@@ -183,13 +151,13 @@ class Method(NamedTuple):
     @property
     def matches(self) -> bool:
         """Whether a round is a pass, clients beginning from own starts; else it is one exchange, from a shared one."""
-        return "inner" in self.config
+        return self.config["kind"] == "fedma"
 
     def epochs(self, setting: Setting) -> list[int]:
         """Of training in each round."""
         if not self.matches:
             return [EPOCHS] * (sum(setting.epochs) // EPOCHS)
-        more = (self.config["inner"].get("last_epochs") or EPOCHS) - EPOCHS
+        more = (self.config.get("last_epochs") or EPOCHS) - EPOCHS
         return [epochs + more for epochs in setting.epochs]
 
 
@@ -224,14 +192,8 @@ FULL = {
 QUICK = {GATED: FULL[GATED]._replace(examples=1500, passes=1)}
 TRAINING = Training(epochs=EPOCHS)
 METHODS = {
-    "FedMA": Method({"kind": "experiments.fedma:Begun", "epochs": FIRST, "inner": {"kind": "fedma"}}),
-    "FedMA, paper": Method(
-        {
-            "kind": "experiments.fedma:Begun",
-            "epochs": FIRST,
-            "inner": FedMA.paper(EPOCHS, TRAINING.learning_rate).model_dump(),
-        }
-    ),
+    "FedMA": Method({"kind": "fedma", "first_epochs": FIRST}),
+    "FedMA, paper": Method(FedMA.paper(EPOCHS, TRAINING.learning_rate, first_epochs=FIRST).model_dump()),
     "FedAvg": Method({"kind": "fedavg"}),
     "FedProx": Method({"kind": "fedavg"}, MU),
 }
@@ -275,10 +237,7 @@ def course(setting: Setting, skew: str, method: Method, seed: int) -> Course:
     }
     code = sources("aggregators", "client", "server", *FILES)
     kept = cached("fedma", {**settings, "code": code}, lambda: _run(settings))
-    accuracy, growth, nbytes, exchanges = (
-        kept[name].tolist() for name in ("accuracy", "growth", "nbytes", "exchanges")
-    )
-    return Course(accuracy, growth, nbytes, [float(number) for number in epochs], exchanges)
+    return Course(epochs=[*map(float, epochs)], **{name: values.tolist() for name, values in kept.items()})
 
 
 def _run(settings: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -317,7 +276,7 @@ def one_shot(cohort: Cohort) -> dict[str, Course]:
     for name, config in ONE_SHOT.items():
         merged, nbytes = cohort.round(config)
         growth = float(merged.metrics.get("growth", 1.0))
-        found[name] = _once(score(task, merged.params), growth, nbytes, FIRST)
+        found[name] = _once(accuracy(task, [merged.params], test), growth, nbytes, FIRST)
     single = fmean(accuracy(task, [client.params], test) for client in cohort.clients)
     return {**found, "mean single client": _once(single, 1.0, 0.0, FIRST), ENSEMBLE: ensemble(cohort, FIRST)}
 
@@ -331,13 +290,6 @@ def ensemble(cohort: Cohort, epochs: int) -> Course:
 
 def _once(accuracy: float, growth: float, nbytes: float, epochs: int) -> Course:
     return Course([accuracy], [growth], [nbytes], [float(epochs)], [1.0])
-
-
-def score(task: Task, params: Tensors) -> float:
-    """Accuracy on the test data of a network of any widths."""
-    model = fit(task.model(), params)
-    load(model, params)
-    return evaluate(task, model, cast(TensorDataset, task.test_data()))["accuracy"]
 
 
 def tables(courses: Courses) -> dict[str, list[Row]]:
@@ -405,16 +357,11 @@ def gates(courses: Courses) -> list[Gate]:
 
 
 def _above(courses: Courses, skews: Sequence[str], other: str, least: float, method: str = "FedMA") -> Gate:
-    """Whether a pass, or a one-shot method, is so much above the other, for each skew."""
-    gaps = [spread(gaps_of(courses, skew, method, other)) for skew in skews]
+    """Whether a pass, or a one-shot method, is so much above the other after one round, for each skew."""
+    pairs = [zip(courses[Case(GATED, skew, method)], courses[Case(GATED, skew, other)], strict=True) for skew in skews]
+    gaps = [spread(a.accuracy[0] - b.accuracy[0] for a, b in found) for found in pairs]
     name = f"{GATED}, {' and '.join(skews)}: {method} at least {other} {least:+.2f}"
     return Gate(name, all(gap.mean >= least for gap in gaps), ", ".join(map(str, gaps)))
-
-
-def gaps_of(courses: Courses, skew: str, method: str, other: str) -> list[float]:
-    """How far the first is above the second after one round, by seed."""
-    pairs = zip(*(courses[Case(GATED, skew, name)] for name in (method, other)), strict=True)
-    return [a.accuracy[0] - b.accuracy[0] for a, b in pairs]
 
 
 def plot(courses: Courses, figure: Figure) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from aggregators.core.exchange import Exchange, run
+from aggregators.core.fitting import fit
 from aggregators.core.functional import evaluating
 from aggregators.core.registry import parse
 from aggregators.core.seed import derive_seed
@@ -195,12 +196,17 @@ def merged_from(config: Config, start: Tensors, clients: Sequence[Finetuned], li
 
 
 @torch.no_grad()
-def probabilities(task: Task, params: Tensors, inputs: Tensor) -> Tensor:
-    """Each input's probabilities of the labels, (n, num_classes)."""
-    model = task.model()
+def outputs(task: Task, params: Tensors, inputs: Tensor) -> Tensor:
+    """What the task's network, as wide as `params` are, makes of each input, (n, num_classes)."""
+    model = fit(task.model(), params)
     load(model, params)
     with evaluating(model):
-        return torch.cat([model(batch).softmax(1) for batch in torch.split(inputs, BATCH)])
+        return torch.cat([model(batch) for batch in torch.split(inputs, BATCH)])
+
+
+def probabilities(task: Task, params: Tensors, inputs: Tensor) -> Tensor:
+    """Each input's probabilities of the labels, (n, num_classes)."""
+    return outputs(task, params, inputs).softmax(1)
 
 
 def correct(task: Task, models: Sequence[Tensors], examples: TensorDataset) -> Tensor:

@@ -16,20 +16,20 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import track
-from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from aggregators.core.functional import computed
+from aggregators.core.diagnosis import between
 from aggregators.core.seed import derive_seed
 from aggregators.core.update import Tensors
 
-from .finetuning import Cohort, Config, Finetuned, Round, initial
+from .finetuning import Cohort, Config, Finetuned, Round, accuracy, correct, initial, outputs
 from .mode_connectivity import KEPT, Perceptron
 from .repair import TRAINING
 from .report import Gate, Report, Row, command_line
 from .scores import LINES, Scores, bars, gap, over, table
 
 WIDTH = 64
+TASK = Perceptron(width=WIDTH)
 PARTS = 6
 ALIKE = tuple((WIDTH,) * clients for clients in (2, 4, 6))  # the hidden widths of each cohort's clients
 APART = ((64, 96), (64, 128), (64, 96, 128))
@@ -76,7 +76,7 @@ def run(quick: bool, seeds: int) -> Report:
 def outcome(seed: int, num: int) -> Outcome:
     """All that one seed comes to, of six parts with so many examples."""
     options = {"partition_seed": seed, "limit": PARTS * num, "validation": 0.0}
-    test = cast(TensorDataset, Perceptron().test_data())
+    test = cast(TensorDataset, TASK.test_data())
     fused, nbytes = fusions(seed, options, test)
     return Outcome(fused, nbytes, *lone_digit(seed, options, test), doublings(seed, options, test))
 
@@ -94,7 +94,7 @@ def fusions(seed: int, options: Mapping[str, Any], test: TensorDataset) -> tuple
         beside = alone([one.params for one in cohort.clients], test)
         for (matched, how), inner in product(methods(widths).items(), INNER):
             name, round = row(widths, matched, inner), cohort.round(around(how, INNER[inner]))
-            scores[name], nbytes[name] = {"accuracy": accuracy([round.merged.params], test), **beside}, round.nbytes
+            scores[name], nbytes[name] = {"accuracy": accuracy(TASK, [round.merged.params], test), **beside}, round.nbytes
     return scores, nbytes
 
 
@@ -132,27 +132,8 @@ def trained(task: Perceptron, examples: TensorDataset, seed: int) -> Finetuned:
 
 def alone(models: Sequence[Tensors], test: TensorDataset) -> dict[str, float]:
     """What is not merged: the prediction ensemble, and the best and mean single client."""
-    each = [accuracy([params], test) for params in models]
-    return dict(zip(LINES, (accuracy(models, test), max(each), fmean(each)), strict=True))
-
-
-@torch.no_grad()
-def outputs(params: Tensors, inputs: Tensor) -> Tensor:
-    """The scores of perceptrons of any width, (n, 10)."""
-    found: Tensor = computed(Perceptron(width=WIDTH).model(), params, inputs)
-    return found
-
-
-def correct(models: Sequence[Tensors], test: TensorDataset) -> Tensor:
-    """Whether the mean of the models' predictions labels each example rightly, (n,)."""
-    inputs, targets = test.tensors
-    predicted = torch.stack([outputs(params, inputs).softmax(1) for params in models]).mean(0).argmax(1)
-    return predicted == targets
-
-
-def accuracy(models: Sequence[Tensors], test: TensorDataset) -> float:
-    """The share of examples that it labels rightly."""
-    return correct(models, test).double().mean().item()
+    each = [accuracy(TASK, [params], test) for params in models]
+    return dict(zip(LINES, (accuracy(TASK, models, test), max(each), fmean(each)), strict=True))
 
 
 # --- one client alone knows a digit ---------------------------------------------------------------------------------
@@ -169,7 +150,7 @@ def lone_digit(
     for matched, how in ((matched, ONE_WIDTH[matched]) for matched in ONCE):
         special, general = moved(cohort.round(around(how, KEPT)))
         mixes = [between(general, special, step / STEPS) for step in range(STEPS + 1)]
-        ways[matched] = [accuracy([mix], test) for mix in mixes]
+        ways[matched] = [accuracy(TASK, [mix], test) for mix in mixes]
         scores[f"{matched}, half and half"] = [mixes[STEPS // 2]]
         scores[f"{matched}, best proportion"] = [mixes[ways[matched].index(max(ways[matched]))]]
         scores[f"{matched}, Fisher"] = [cohort.round(around(how, INNER["Fisher"])).merged.params]
@@ -196,7 +177,7 @@ def moved(round: Round) -> list[Tensors]:
 
 def known_digit(models: Sequence[Tensors], test: TensorDataset) -> dict[str, float]:
     """Accuracy on all digits, and on the one."""
-    hits = correct(models, test).double()
+    hits = correct(TASK, models, test).double()
     return {"accuracy": hits.mean().item(), f"on {DIGIT}": hits[test.tensors[1] == DIGIT].mean().item()}
 
 
@@ -210,13 +191,13 @@ def doublings(seed: int, options: Mapping[str, Any], test: TensorDataset) -> dic
     """
     one = client(seed, 0, WIDTH, options)
     twice, scores = doubled(one, derive_seed(seed, "doubled")), {}
-    own = outputs(one.params, test.tensors[0])
+    own = outputs(TASK, one.params, test.tensors[0])
     cohorts = [Cohort(clients) for clients in ((one, twice), (twice, one))]
     for kind, outgoing, cohort in product((WEIGHTS, ACTIVATIONS), ("sum", "mean"), cohorts):
         config = {**OT[kind], "outgoing": outgoing, "reference": "first", "inner": "fedavg"}
         params = cohort.round(config).merged.params
-        away = (outputs(params, test.tensors[0]) - own).abs().max() / own.abs().max()
-        lost = accuracy([one.params], test) - accuracy([params], test)
+        away = (outputs(TASK, params, test.tensors[0]) - own).abs().max() / own.abs().max()
+        lost = accuracy(TASK, [one.params], test) - accuracy(TASK, [params], test)
         name = f"{kind}, {outgoing}, into {len(params['hidden1.bias'])}"
         scores[name] = {"accuracy lost": lost, "outputs' change": away.item()}
     return scores

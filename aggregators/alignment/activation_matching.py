@@ -13,9 +13,9 @@ from torch import Tensor
 from ..core.base import Aggregator
 from ..core.diagnosis import Diagnosis
 from ..core.exchange import Exchange, Question, Round, collect, premap
-from ..core.matching import Matching, assign, gains
-from ..core.registry import AnyAggregator
-from ..core.symmetry import Permutation, Symmetry, rows
+from ..core.matching import Matching, assign, correlation, gains
+from ..core.registry import OfOneWidth
+from ..core.symmetry import Permutation, Sizes, Symmetry
 from ..core.tensors import widened
 from ..core.update import ClientUpdate, GlobalModel, Merged, Request, Tensors
 
@@ -44,7 +44,7 @@ class ActivationMatching(Aggregator):
     """
 
     kind: Literal["activation_matching"] = "activation_matching"
-    inner: AnyAggregator = Field(description="the method that merges the matched clients")
+    inner: OfOneWidth = Field(description="the method that merges the matched clients")
     reference: Literal["first", "global"] = Field(default="first", description="the anchor: first client or θ_t")
 
     needs: ClassVar[frozenset[str]] = frozenset({"symmetry"})
@@ -120,7 +120,8 @@ def matched(symmetry: Symmetry, correlations: Tensors, anchor: Tensors, params: 
     by group until none moves. Groups of which `params` have no tensor stay.
     """
     known = [group for group in symmetry.groups if any(name in params for name, _ in symmetry.members[group])]
-    means = {group: _mean(symmetry, group, correlations, params) for group in known}
+    sizes = symmetry.sizes(params)
+    means = {group: _mean(symmetry, group, correlations, sizes) for group in known}
     permutation = {group: torch.arange(len(mean)) for group, mean in means.items()}
     before = _objective(means, permutation)
     for _ in range(SWEEPS):
@@ -141,15 +142,7 @@ def _objective(means: Mapping[str, Tensor], permutation: Permutation) -> float:
     return float(torch.cat(pairs).mean()) if pairs else 0.0
 
 
-def _mean(symmetry: Symmetry, group: str, correlations: Tensors, params: Tensors) -> Tensor:
-    """Of each unit of the anchor with each of `params`, over layers and channels, (n, n); 0 where there is no layer."""
-    sizes = symmetry.sizes(params)
-    total, count = torch.zeros(sizes[group], sizes[group], dtype=torch.float64), 0
-    for name, axis in symmetry.members[group]:
-        layer, _, part = name.rpartition(".")
-        if axis == 0 and part == "weight" and layer in correlations:
-            found = correlations[layer].double().cpu().T
-            for channels in rows(torch.arange(len(found)), symmetry.axes[name][0] or 1, group, sizes):
-                total += found[channels[:, None], channels[None]].sum(-1)
-                count += channels.shape[1]
-    return total / max(1, count)
+def _mean(symmetry: Symmetry, group: str, correlations: Tensors, sizes: Sizes) -> Tensor:
+    """Of each unit of the anchor with each other, (n, n); 0 where no layer tells."""
+    found = correlation(symmetry, group, correlations, (sizes, sizes))
+    return torch.zeros(sizes[group], sizes[group], dtype=torch.float64) if found is None else found.mT

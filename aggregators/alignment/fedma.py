@@ -32,11 +32,12 @@ class FedMA(Nonparametric):
     """
 
     kind: Literal["fedma"] = "fedma"
+    first_epochs: int | None = Field(default=None, ge=1, description="of training in a run's first exchange; null: as ever")
     last_epochs: int | None = Field(default=None, ge=1, description="of training the last layer alone; null: as ever")
     last_learning_rate: float | None = Field(default=None, gt=0, description="of training the last layer alone")
     last_weight_decay: float | None = Field(default=None, ge=0, description="of training the last layer alone")
 
-    examples = ({"relative": False, "sigma0": 1.0, "weighted": False, "last_epochs": 3},)
+    examples = ({"relative": False, "sigma0": 1.0, "weighted": False, "first_epochs": 2, "last_epochs": 3},)
 
     @classmethod
     def paper(cls, epochs: int, learning_rate: float = 0.01, **settings: Any) -> Self:
@@ -56,7 +57,8 @@ class FedMA(Nonparametric):
     def round(self, model: GlobalModel) -> Round:
         """A train exchange for each level, and one for the last layer."""
         merger = Pass(self, model)
-        exchange = Exchange(task="train", params=merger.start, fold=merger.fold(buffers=False))
+        longer = {"epochs": self.first_epochs} if self.first_epochs and model.round == 1 else {}
+        exchange = Exchange(task="train", params=merger.start, fold=merger.fold(buffers=False), training=longer)
         for level in merger.levels:
             rest = merger.match(level, (yield from exchange))
             last = level is merger.levels[-1]

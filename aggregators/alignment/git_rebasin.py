@@ -14,7 +14,7 @@ from ..core.base import Aggregator
 from ..core.diagnosis import Diagnosis
 from ..core.exchange import Exchange, Round, premap, premap_cohort
 from ..core.matching import Matching, balance, inner, match, match_many
-from ..core.registry import AnyAggregator
+from ..core.registry import OfOneWidth
 from ..core.seed import derive_seed
 from ..core.tensors import widened
 from ..core.update import ClientUpdate, GlobalModel, Tensors
@@ -38,7 +38,7 @@ class GitReBasin(Aggregator):
     """
 
     kind: Literal["git_rebasin"] = "git_rebasin"
-    inner: AnyAggregator = Field(description="the method that merges the matched clients")
+    inner: OfOneWidth = Field(description="the method that merges the matched clients")
     reference: Literal["cohort", "first", "global"] = Field(default="cohort", description="what clients are matched to")
     restarts: int = Field(default=5, ge=1, description="random orders of groups tried in each matching")
     fisher: bool = Field(default=True, description="whether Fisher information weights the matching of clients")

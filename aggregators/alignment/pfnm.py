@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 from ..core.exchange import Exchange, Question, Round
-from ..core.nonparametric import PAPER, Nonparametric, Pass
+from ..core.matched_averaging import PAPER, Nonparametric, Pass
 from ..core.update import GlobalModel, Request
 
 ASKED = Request(class_counts=True)

@@ -61,6 +61,19 @@ def gains(symmetry: Symmetry, group: str, a: Tensors, b: Tensors, sizes: Sizes |
     return found
 
 
+def correlation(symmetry: Symmetry, group: str, correlations: Tensors, sizes: tuple[Sizes, Sizes]) -> Tensor | None:
+    """Of each unit with each of the reference, over layers that bring them forth and their channels; None without."""
+    found: list[Tensor] = []
+    for name, axis in symmetry.members[group]:
+        layer, _, part = name.rpartition(".")
+        if axis == 0 and part == "weight" and layer in correlations:
+            matrix, layout = correlations[layer].double().cpu(), symmetry.axes[name][0] or 1
+            both = zip(matrix.shape, sizes, strict=True)
+            channels = (rows(torch.arange(length), layout, group, own) for length, own in both)
+            found += [matrix[a[:, None], b[None]].mean(-1) for a, b in zip(*channels, strict=True)]
+    return torch.stack(found).mean(0) if found else None
+
+
 def match(
     symmetry: Symmetry, a: Tensors, b: Tensors, *, restarts: int = 1, generator: np.random.Generator | None = None
 ) -> Matching:

@@ -11,7 +11,7 @@ from importlib import import_module
 from pkgutil import walk_packages
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, PlainValidator, SerializeAsAny, ValidationError
+from pydantic import AfterValidator, BaseModel, PlainValidator, SerializeAsAny, ValidationError
 
 import aggregators
 
@@ -119,4 +119,13 @@ def parse(config: object) -> Aggregator:
     return method
 
 
+def of_one_width(inner: Aggregator) -> Aggregator:
+    """`inner`, unless its merge may have other widths than θ_t, or its clients: models are compared entry by entry."""
+    for part in inner.parts():
+        if "widths" in part.needs:
+            raise ValueError(f"{part.kind} may change the model's widths, so nothing outside it can compare models")
+    return inner
+
+
 AnyAggregator: TypeAlias = Annotated[SerializeAsAny[Aggregator], PlainValidator(parse)]
+OfOneWidth: TypeAlias = Annotated[AnyAggregator, AfterValidator(of_one_width)]

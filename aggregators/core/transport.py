@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .matching import assign
+from .matching import assign, correlation
 from .symmetry import Concat, Layout, Sizes, Symmetry, groups, rows, size
 from .update import ClientUpdate, Tensors
 
@@ -310,16 +310,3 @@ class _Pair:
         a, b = (params[name].double() for params in self.params)
         summed = self.planner.outgoing == "sum" and self.planner.symmetry.role(name, axis) < 0
         return self.way.one(name, a, but=axis) * (self.sizes[0][group] / self.sizes[1][group] if summed else 1.0), b
-
-
-def correlation(symmetry: Symmetry, group: str, correlations: Tensors, sizes: tuple[Sizes, Sizes]) -> Tensor | None:
-    """Of each unit with each of the reference, over layers that bring them forth and their channels; None without."""
-    found: list[Tensor] = []
-    for name, axis in symmetry.members[group]:
-        layer, _, part = name.rpartition(".")
-        if axis == 0 and part == "weight" and layer in correlations:
-            matrix, layout = correlations[layer].double().cpu(), symmetry.axes[name][0] or 1
-            both = zip(matrix.shape, sizes, strict=True)
-            channels = (rows(torch.arange(length), layout, group, own) for length, own in both)
-            found += [matrix[a[:, None], b[None]].mean(-1) for a, b in zip(*channels, strict=True)]
-    return torch.stack(found).mean(0) if found else None

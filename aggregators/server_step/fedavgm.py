@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ..core.base import Aggregator
 from ..core.exchange import Round
-from ..core.registry import AnyAggregator
+from ..core.registry import OfOneWidth
 from ..core.tensors import like, steps, widened
 from ..core.update import GlobalModel
 
@@ -22,7 +22,7 @@ class FedAvgM(Aggregator):
     """
 
     kind: Literal["fedavgm"] = "fedavgm"
-    inner: AnyAggregator = Field(description="the method that makes θ*")
+    inner: OfOneWidth = Field(description="the method that makes θ*")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="β")
     learning_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="η")
 

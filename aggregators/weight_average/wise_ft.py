@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.base import Aggregator, SumState, Term
 from ..core.exchange import Exchange, Fold, Question, Round, tee
-from ..core.registry import AnyAggregator
+from ..core.registry import OfOneWidth
 from ..core.tensors import like, widened
 from ..core.update import ClientUpdate, Estimator, GlobalModel, Gradients, Request, Tensors
 
@@ -31,7 +31,7 @@ class WiseFT(Aggregator):
     """
 
     kind: Literal["wise_ft"] = "wise_ft"
-    inner: AnyAggregator = Field(description="the method that makes θ*")
+    inner: OfOneWidth = Field(description="the method that makes θ*")
     alpha: float = Field(default=0.5, ge=0, le=1, description="how far from the anchor, 0, towards θ*, 1")
     anchor: Literal["initial", "round"] = Field(default="initial", description="the first round's model, or each's own")
     weighting: Literal["isotropic", "fisher"] = Field(default="isotropic", description="whether α is one for all")

@@ -203,6 +203,15 @@ def test_unless_it_is_set_the_last_layer_is_trained_as_all_are() -> None:
     assert federation.exchanges[-1].training == {}
 
 
+def test_only_a_runs_first_exchange_is_trained_for_the_first_epochs() -> None:
+    method, federation = FedMA(first_epochs=8, last_epochs=3), Federation(strangers())
+    model, merge = passed(method, federation, PERCEPTRON)
+    again = Federation(federation.sites, round=1)
+    run(method.round(following(model, merge)), again)
+    assert [one.training for one in federation.exchanges] == [{"epochs": 8}, {}, {"epochs": 3}]
+    assert [one.training for one in again.exchanges] == [{}, {}, {"epochs": 3}]
+
+
 @every_network
 def test_each_client_is_sent_what_is_matched_with_the_rest_of_its_own(
     make: Make, symmetry: Symmetry, shape: tuple[int, ...]

@@ -19,13 +19,12 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aggregators.core.fitting import fit
-from aggregators.core.matching import assign
+from aggregators.core.matching import assign, correlation
 from aggregators.core.symmetry import Concat, Product, Symmetry, inverse
 from aggregators.core.tracing import trace
 from aggregators.core.transport import (
     FLOOR,
     Planner,
-    correlation,
     importance,
     permutation,
     plan,
@@ -175,7 +174,7 @@ class Stream(nn.Module):
 
 
 class Backward(nn.Module):
-    """Units that tanh keeps from being scaled, of words and of transposed convolutions: brought forth by second axes."""
+    """Units that tanh keeps from being scaled, of words and transposed convolutions: second axes bring them forth."""
 
     def __init__(self) -> None:
         super().__init__()
