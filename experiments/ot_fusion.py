@@ -94,7 +94,8 @@ def fusions(seed: int, options: Mapping[str, Any], test: TensorDataset) -> tuple
         beside = alone([one.params for one in cohort.clients], test)
         for (matched, how), inner in product(methods(widths).items(), INNER):
             name, round = row(widths, matched, inner), cohort.round(around(how, INNER[inner]))
-            scores[name], nbytes[name] = {"accuracy": accuracy(TASK, [round.merged.params], test), **beside}, round.nbytes
+            score, nbytes[name] = accuracy(TASK, [round.merged.params], test), round.nbytes
+            scores[name] = {"accuracy": score, **beside}
     return scores, nbytes
 
 

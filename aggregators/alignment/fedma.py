@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, JsonValue
 
 from ..core.exchange import Exchange, Question, Round
-from ..core.nonparametric import PAPER, Nonparametric, Pass
+from ..core.matched_averaging import PAPER, Nonparametric, Pass
 from ..core.update import GlobalModel, Request
 
 TRAIN, LAST = Request(), Request(class_counts=True)
@@ -32,7 +32,7 @@ class FedMA(Nonparametric):
     """
 
     kind: Literal["fedma"] = "fedma"
-    first_epochs: int | None = Field(default=None, ge=1, description="of training in a run's first exchange; null: as ever")
+    first_epochs: int | None = Field(default=None, ge=1, description="of a run's first training; null: as ever")
     last_epochs: int | None = Field(default=None, ge=1, description="of training the last layer alone; null: as ever")
     last_learning_rate: float | None = Field(default=None, gt=0, description="of training the last layer alone")
     last_weight_decay: float | None = Field(default=None, ge=0, description="of training the last layer alone")

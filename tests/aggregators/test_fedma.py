@@ -205,8 +205,9 @@ def test_unless_it_is_set_the_last_layer_is_trained_as_all_are() -> None:
 
 def test_only_a_runs_first_exchange_is_trained_for_the_first_epochs() -> None:
     method, federation = FedMA(first_epochs=8, last_epochs=3), Federation(strangers())
-    model, merge = passed(method, federation, PERCEPTRON)
+    model = replace(model_of(federation.sites[0].own, PERCEPTRON), round=1)
     again = Federation(federation.sites, round=1)
+    merge = run(method.round(model), federation)
     run(method.round(following(model, merge)), again)
     assert [one.training for one in federation.exchanges] == [{"epochs": 8}, {}, {"epochs": 3}]
     assert [one.training for one in again.exchanges] == [{}, {}, {"epochs": 3}]

@@ -12,9 +12,9 @@ from aggregators.core.registry import parse
 from aggregators.core.update import Gradients
 from client.statistics.gradients import gradients
 from client.task import Examples, Node, Task, load
-from client.training import Training
+from client.training import Training, seeded
 from experiments import cache, finetuning
-from experiments.finetuning import Finetuned, accuracy, correct, digest, initial, merged, merged_from
+from experiments.finetuning import BATCH, Finetuned, accuracy, correct, digest, initial, merged, merged_from, outputs
 from experiments.merging import traffic
 
 TRAINING = Training(epochs=2, batch_size=4)
@@ -113,6 +113,13 @@ def test_bytes_are_two_models_and_what_is_asked_for(start: Finetuned) -> None:
     fisher = {"kind": "wise_ft", "inner": "fedavg", "weighting": "fisher"}  # trains, then measures at the anchor
     copies = [({"kind": "fedavg"}, 2), ({"kind": "fisher"}, 3), (fisher, 5)]
     assert [traffic(parse(config), start.params) for config, _ in copies] == [size * number for _, number in copies]
+
+
+@pytest.mark.parametrize("width", [2, 4, 7])
+def test_a_network_of_any_width_is_scored(width: int) -> None:
+    with seeded(0):
+        model, inputs = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 3)), torch.randn(BATCH + 1, 2)
+    torch.testing.assert_close(outputs(Toy(), model.state_dict(), inputs), model(inputs).detach())
 
 
 def test_an_ensemble_labels_by_its_mean_probability() -> None:

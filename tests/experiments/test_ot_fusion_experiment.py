@@ -17,7 +17,8 @@ from client.task import load
 from client.tasks.idx import data_folder
 from client.tasks.mnist import Mnist
 from client.tasks.own_data import Labelled
-from experiments import cache, finetuning, ot_fusion
+from experiments import cache, ot_fusion
+from experiments.finetuning import accuracy, outputs
 from experiments.mode_connectivity import Perceptron
 from experiments.ot_fusion import ACTIVATIONS, ALIKE, APART, DIGIT, INNER, MATCHING, ONCE, PLAIN, WEIGHTS, Outcome, row
 from experiments.scores import LINES
@@ -48,22 +49,9 @@ def test_clients_have_their_widths_disjoint_parts_and_starts_of_their_own() -> N
     assert not torch.equal(found[0].params["hidden1.weight"], found[2].params["hidden1.weight"])
 
 
-def test_outputs_are_those_of_a_network_of_that_width() -> None:
-    client = ot_fusion.client(0, 0, 12, OPTIONS)
-    model, inputs = client.task.model(), images().tensors[0]
-    load(model, client.params)
-    torch.testing.assert_close(ot_fusion.outputs(client.params, inputs), model(inputs).detach())
-
-
-def test_predictions_of_one_width_are_labelled_as_elsewhere() -> None:
-    found = [ot_fusion.client(0, number, 64, OPTIONS) for number in range(3)]
-    models = [one.params for one in found]
-    assert torch.equal(ot_fusion.correct(models, images()), finetuning.correct(found[0].task, models, images()))
-
-
 def test_an_ensemble_is_of_any_widths_and_of_one_network_that_network() -> None:
     narrow, wide = (ot_fusion.client(0, 0, width, OPTIONS).params for width in (8, 12))
-    assert set(ot_fusion.alone([wide, wide], images()).values()) == {ot_fusion.accuracy([wide], images())}
+    assert set(ot_fusion.alone([wide, wide], images()).values()) == {accuracy(ot_fusion.TASK, [wide], images())}
     found = ot_fusion.alone([narrow, wide], images())
     assert [*found] == [*LINES]
     assert found["best single client"] >= found["mean single client"]
@@ -123,7 +111,7 @@ def test_a_doubled_network_computes_the_same_by_units_that_are_there_twice() -> 
     twice = torch.cat([before, before])
     assert torch.equal(after.sort(0).values, twice.sort(0).values)
     assert not torch.equal(after, twice)
-    torch.testing.assert_close(ot_fusion.outputs(wide.params, inputs), ot_fusion.outputs(client.params, inputs))
+    torch.testing.assert_close(*(outputs(one.task, one.params, inputs) for one in (wide, client)))
     load(wide.task.model(), wide.params)  # which refuses other shapes
 
 
