@@ -11,8 +11,6 @@ from ..core.exchange import Exchange, Question, Round
 from ..core.matched_averaging import PAPER, Nonparametric, Pass
 from ..core.update import GlobalModel, Request
 
-TRAIN, LAST = Request(), Request(class_counts=True)
-
 
 class FedMA(Nonparametric):
     """The clients' units matched level by level to global ones, which clients then keep and train the rest on.
@@ -51,8 +49,8 @@ class FedMA(Nonparametric):
 
     def questions(self) -> Iterator[Question]:
         """To train, once for each level of the network; to train the last layer, and to count classes."""
-        yield Question("train", TRAIN)
-        yield Question("train", LAST)
+        yield Question("train")
+        yield Question("train", self.asked)
 
     def round(self, model: GlobalModel) -> Round:
         """A train exchange for each level, and one for the last layer."""
@@ -66,7 +64,7 @@ class FedMA(Nonparametric):
                 task="train",
                 params=merger.sent(rest),
                 fold=merger.fold(buffers=last),
-                request=LAST if last else TRAIN,
+                request=self.asked if last else Request(),
                 frozen=merger.frozen,
                 training=self._last_training() if last else {},
             )

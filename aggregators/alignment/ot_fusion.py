@@ -13,7 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from ..core.base import Aggregator
 from ..core.diagnosis import Diagnosis
 from ..core.exchange import Exchange, Question, Round, collect
-from ..core.registry import AnyAggregator
+from ..core.registry import OfOneWidth
 from ..core.tensors import norm, steps
 from ..core.transport import Outgoing, Planned, Planner, Plans, permutation, reverse, transport, transport_update
 from ..core.update import ClientUpdate, GlobalModel, Memory, Merged, Request, Tensors
@@ -35,9 +35,9 @@ class OtFusion(Aggregator):
     second exchange, on their own examples, beside the reference. Units become convex combinations of those carried to
     them; `outgoing` is whether what reads them is summed, or averaged as in the reference implementation.
 
-    In the first round the reference is the `widest` client, of the most parameters, or the `first`, by id; from then on
-    θ_t, which has its widths and units, so that the model never shrinks where a wide client is away. The inner method
-    sees θ_t in these widths. `iterations` beyond the first take the clients' mean for the reference. A client of other
+    In the first round the reference is the `widest` client, of the most parameters, or the `first` by name; from then
+    on θ_t, of its widths and units, so that the model never shrinks where a wide client is away. The inner method sees
+    θ_t in these widths. `iterations` beyond the first take the clients' mean for the reference. A client of other
     widths keeps them: its plans are remembered, and it is sent θ_t carried back, outgoing weights summed.
 
     A plan between equal widths and marginals is a permutation, and every statistic follows it. Elsewhere the squares of
@@ -50,7 +50,7 @@ class OtFusion(Aggregator):
     """
 
     kind: Literal["ot_fusion"] = "ot_fusion"
-    inner: AnyAggregator = Field(description="the method that merges the carried clients")
+    inner: OfOneWidth = Field(description="the method that merges the carried clients")
     cost: Literal["weights", "activations"] = Field(default="weights", description="what units are compared by")
     solver: Literal["exact", "sinkhorn"] = Field(default="exact", description="of the plans")
     regularisation: float = Field(default=0.05, ge=0.001, description="of Sinkhorn's plans, in mean costs")
@@ -66,6 +66,15 @@ class OtFusion(Aggregator):
         {"marginals": "importance", "outgoing": "mean"},
         {"iterations": 2, "passes": 2},
     )
+
+    @field_validator("inner")
+    @classmethod
+    def _trains_once(cls, inner: Aggregator) -> Aggregator:
+        """Refuses what could not begin anew, in the reference's widths, when it is given the carried clients."""
+        tasks = [question.task for question in inner.questions()]
+        if tasks.count("train") != 1 or tasks[0] != "train":
+            raise ValueError(f"{inner.kind} asks to {', '.join(tasks)}: what trains clients once, first, can follow")
+        return inner
 
     @field_validator("solver", "marginals")
     @classmethod
@@ -118,6 +127,7 @@ class _Fusion:
             raise ValueError("ot_fusion needs the symmetry of the task's network")
         self.method, self.model, self.symmetry = method, model, model.symmetry
         self.rounds = cast(int, model.memory.get("rounds", 0))
+        self.known = {*cast("Mapping[str, int]", model.memory.get("known", {}))}
         self.plans = {**cast("Mapping[str, Plans]", model.memory.get("plans", {}))}
         self.record: dict[str, float] = {}
         self.diagnosis = Diagnosis(model)
@@ -144,7 +154,8 @@ class _Fusion:
                 answer = yield exchange
 
     def _merged(self, merged: Merged) -> Merged:
-        memory: Memory = {"rounds": self.rounds + 1, "plans": self.plans, "inner": merged.memory}
+        known = dict.fromkeys(sorted(self.known), 1)
+        memory: Memory = {"rounds": self.rounds + 1, "known": known, "plans": self.plans, "inner": merged.memory}
         metrics = {**merged.metrics, **self.record, **self.diagnosis.metrics(merged.params)}
         return Merged(merged.params, memory, metrics)
 
@@ -160,14 +171,16 @@ class _Fusion:
             exchange = next(inner)
         return inner, exchange.answer(one.moved for one in followed)
 
-    def _sent(self, exchange: Exchange[Any]) -> Tensors | Callable[[int], Tensors] | None:
-        """What the exchange sends, carried back to their own widths for the clients that have others."""
+    def _sent(self, exchange: Exchange[Any]) -> Tensors | Callable[[int], Tensors | None] | None:
+        """What the exchange sends, carried back to clients' own widths; beside these, nothing to those that are new."""
         params = exchange.params
         if not self.plans or params is None:
             return params
 
-        def sent(client_id: int) -> Tensors:
-            model, plans = params(client_id) if callable(params) else params, self.plans.get(str(client_id))
+        def sent(client_id: int) -> Tensors | None:
+            model, plans = exchange.sent(client_id), self.plans.get(str(client_id))
+            if model is None or str(client_id) not in self.known:
+                return None
             return model if plans is None else transport(self.symmetry, model, reverse(plans))
 
         return sent
@@ -217,6 +230,7 @@ class _Fusion:
     def _note(self, carried: Sequence[_Carried], followed: Sequence[_Carried], reference: Tensors) -> None:
         """Remembers the plans of clients of other widths, and what the record tells."""
         sizes = self.symmetry.sizes(reference)
+        self.known |= {str(one.update.client_id) for one in carried}
         for update, _, planned in carried:
             if self.symmetry.sizes(update.params) != sizes:
                 self.plans[str(update.client_id)] = {group: plan.float() for group, plan in planned.plans.items()}

@@ -7,9 +7,7 @@ from typing import Any, Literal, Self
 
 from ..core.exchange import Exchange, Question, Round
 from ..core.matched_averaging import PAPER, Nonparametric, Pass
-from ..core.update import GlobalModel, Request
-
-ASKED = Request(class_counts=True)
+from ..core.update import GlobalModel
 
 
 class PFNM(Nonparametric):
@@ -37,12 +35,13 @@ class PFNM(Nonparametric):
 
     def questions(self) -> Iterator[Question]:
         """One: to train, and to count classes."""
-        yield Question("train", ASKED)
+        yield Question("train", self.asked)
 
     def round(self, model: GlobalModel) -> Round:
         """One train exchange, whose answers are matched."""
         merger = Pass(self, model)
-        rest = yield from Exchange(task="train", params=merger.start, fold=merger.fold(buffers=True), request=ASKED)
+        fold = merger.fold(buffers=True)
+        rest = yield from Exchange(task="train", params=merger.start, fold=fold, request=self.asked)
         for level in merger.levels:
             rest = merger.match(level, rest)
         return merger.finish(rest, exchanges=1)

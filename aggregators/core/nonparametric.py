@@ -25,14 +25,6 @@ class Prior(NamedTuple):
     max_units: int | None = None  # atoms, or as many as the widest client has units if that is more
 
 
-class Matched(NamedTuple):
-    """The atom of each client's every unit, the number of atoms, and the objective when all had a turn and later."""
-
-    units: list[Tensor]
-    size: int
-    objectives: list[float]
-
-
 @dataclass(frozen=True, eq=False)
 class Atoms:
     """Of each atom G_i = Σ s w over its units, float64, Σ s, and c_i, their number; the latter two on the CPU."""
@@ -62,6 +54,19 @@ class Atoms:
         return Atoms(self.sums[kept.to(self.sums.device)], self.masses[kept], self.counts[kept])
 
 
+class Matched(NamedTuple):
+    """The atom of each client's every unit, the atoms, and the objective when all had a turn and later."""
+
+    units: list[Tensor]
+    atoms: Atoms
+    objectives: list[float]
+
+    @property
+    def size(self) -> int:
+        """The number of atoms."""
+        return len(self.atoms.counts)
+
+
 def gains(atoms: Atoms, weights: Tensor, precision: float, clients: int, prior: Prior) -> Tensor:
     """Twice what each unit adds to the log posterior in each atom, and in each new one, float64, on the CPU.
 
@@ -77,7 +82,7 @@ def gains(atoms: Atoms, weights: Tensor, precision: float, clients: int, prior: 
     known += 2 * torch.log(popular / (clients - popular)) - lengths / (s0 + atoms.masses)
     number = torch.arange(1, _room(len(weights), len(atoms.counts), prior) + 1, dtype=torch.float64)
     new = (squares / (s + s0) + 2 * log(prior.gamma / clients))[:, None] - 2 * number.log()
-    return torch.cat([known, new], 1)
+    return torch.cat([known, new], 1).nan_to_num_(0, 0, 0)  # what overflowed says nothing
 
 
 def _room(units: int, atoms: int, prior: Prior) -> int:
@@ -102,25 +107,21 @@ def assigned(gain: Tensor, atoms: int) -> Tensor:
 def _chosen(known: Tensor, room: int) -> Tensor:
     """The atom of each unit by what it gains over a new one, or one beyond the last: the price is found by bisection.
 
-    Where two numbers of new atoms are best at one price, the better of those beside it that were met.
+    Several numbers of new atoms may be best at one price, as among copies of a unit: then each new atom has its own.
     """
     low, high, price = 0.0, 2 * log(1 + room) + 2 * float(known.abs().amax() if known.numel() else 0), log(1 + room)
-    best, most = torch.zeros(0, dtype=torch.int64), -torch.inf
     while high - low > PRICES:
         units = _priced(known, price)
         new = int((units >= known.shape[1]).count_nonzero())
-        kept = (units < known.shape[1]).nonzero().flatten()
-        value = float(known[kept, units[kept]].sum()) - 2 * lgamma(1 + new)
-        if new <= room and value > most:
-            best, most = units, value
         if new > room or (new and price < 2 * log(new)):
             low = price
         elif new < room and price > 2 * log(1 + new):
             high = price
         else:
-            break
+            return units
         price = (low + high) / 2 if new or low else 0.0
-    return best
+    numbers = torch.arange(1, room + 1, dtype=known.dtype)
+    return _hungarian(torch.cat([known, -2 * numbers.log().expand(len(known), room)], 1))
 
 
 def _priced(known: Tensor, price: float) -> Tensor:
@@ -161,12 +162,19 @@ def match_units(
         objectives.append(matcher.objective)
         if not any(moved):
             break
-    return Matched(matcher.units, len(matcher.atoms.counts), objectives)
+    return Matched(matcher.units, matcher.atoms, objectives)
+
+
+def joined(found: Matched, weights: Tensor, precision: float, prior: Prior) -> Matched:
+    """The same with a client more, whose units go to their best atoms, the others held."""
+    atoms, clients = found.atoms, len(found.units) + 1
+    units = assigned(gains(atoms, weights, precision, clients, prior), len(atoms.counts))
+    return found._replace(units=[*found.units, units], atoms=atoms.add(weights, units, precision))
 
 
 def scaled(weights: Sequence[Tensor]) -> list[Tensor]:
     """The weights of all units over the root of their mean squared length, so that their scale does not matter."""
-    squares = sum(float(own.square().sum(dtype=torch.float64)) for own in weights)
+    squares = sum(float(own.double().square().sum()) for own in weights)
     length = sqrt(squares / sum(map(len, weights))) or 1.0
     return [own / length for own in weights]
 

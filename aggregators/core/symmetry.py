@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from .tensors import along
 from .update import ClientUpdate, Moments, Tensors
 
 
@@ -103,12 +104,13 @@ class Symmetry:
         sizes = self.sizes(params)
         return {name: _taken(value, self.axes.get(name, ()), units, sizes) for name, value in params.items()}
 
-    def put(self, params: Tensors, units: Permutation, sizes: Sizes) -> dict[str, Tensor]:
+    def put(self, params: Tensors, units: Permutation, sizes: Sizes, own: Sizes | None = None) -> dict[str, Tensor]:
         """The tensors of a network of `sizes` whose units at these places are those given, 0 elsewhere.
 
-        `take` undoes it. Groups without places stay, those with some are as large as `sizes` says.
+        `take` undoes it. Groups without places stay, those with some are as large as `sizes` says. `own` are the sizes
+        that `params` have, if known.
         """
-        own = self.sizes(params)
+        own = own or self.sizes(params)
         return {name: _put(value, self.axes.get(name, ()), units, own, sizes) for name, value in params.items()}
 
     def resized(self, model: Tensors, params: Tensors) -> dict[str, Tensor]:
@@ -217,14 +219,9 @@ def _put(value: Tensor, axes: Axes, units: Permutation, own: Sizes, sizes: Sizes
 def _scaled(value: Tensor, axes: Powers, factors: Mapping[str, Tensor], sizes: Sizes) -> Tensor:
     for axis, (layout, power) in enumerate(axes):
         if power and any(group in factors for group in groups(layout)):
-            value = _stretched(value, axis, entries(layout, factors, sizes).pow(power))
+            factor = entries(layout, factors, sizes).pow(power).to(value.device)
+            value = (value * along(factor, axis, value.ndim)).to(value.dtype)
     return value
-
-
-def _stretched(value: Tensor, axis: int, factors: Tensor) -> Tensor:
-    """The tensor times a factor per entry of an axis."""
-    shape = [-1 if other == axis else 1 for other in range(value.ndim)]
-    return (value * factors.to(value.device).reshape(shape)).to(value.dtype)
 
 
 def _kept(layout: Layout | None, kept: Container[str], sizes: Sizes) -> Layout | None:
@@ -326,8 +323,8 @@ def _solve(name: str, layout: Layout, length: int, found: Sizes) -> int:
     (unknown,) = {group for group in groups(layout) if group not in found}
     base = size(layout, {**found, unknown: 0})
     slope = size(layout, {**found, unknown: 1}) - base
-    units = (length - base) // slope
-    if units < 0 or size(layout, {**found, unknown: units}) != length:
+    units = (length - base) // max(1, slope)
+    if units < 0 or not slope or size(layout, {**found, unknown: units}) != length:
         raise ValueError(f"symmetry: {name} has an axis of {length}, which its blocks do not divide")
     return units
 

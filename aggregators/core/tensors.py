@@ -70,6 +70,11 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def along(values: Tensor, axis: int, ndim: int) -> Tensor:
+    """A number for each entry of an axis, in the shape that broadcasts to a tensor of so many."""
+    return values.reshape([-1 if other == axis else 1 for other in range(ndim)])
+
+
 def norm(tensors: Iterable[Tensor]) -> Tensor:
     """The Euclidean norm of all entries of `tensors` together, a 0-d float64 tensor."""
     return torch.stack([tensor.double().square().sum() for tensor in tensors]).sum().sqrt()

@@ -45,11 +45,15 @@ def plan(cost: Tensor, mu: Tensor, nu: Tensor, regularisation: float | None = No
         return _sinkhorn(cost, mu / mu.sum(), nu / nu.sum(), regularisation * float(cost.mean().clamp(min=1e-30)))
     if len(mu) == len(nu) and bool((mu == mu[0]).all() and (nu == nu[0]).all()):
         return torch.eye(len(mu), dtype=torch.float64)[assign(-cost)] / len(mu)  # a permutation is best (Birkhoff)
-    return _exact(cost, mu, nu * (mu.sum() / nu.sum()))
+    return _exact(cost, mu, nu)
 
 
 def _exact(cost: Tensor, mu: Tensor, nu: Tensor) -> Tensor:
+    """Masses that are whole numbers of one sum, as those of `uniform`, stay: they move without rounding."""
+    whole = bool((mu.sum() == nu.sum()) & (mu == mu.round()).all() & (nu == nu.round()).all())
+    mu, nu = (mu, nu) if whole else (mu / mu.sum(), nu / nu.sum())
     found = _solved("emd", cost, mu, nu, numItermax=STEPS) / mu.sum()
+    found = found if whole else _met(found, mu, nu)
     return torch.where(found > ROUNDING, found, 0.0)
 
 
@@ -118,9 +122,9 @@ def transport(symmetry: Symmetry, params: Tensors, plans: Plans, outgoing: Outgo
 
     What brings units forth, and running statistics, are convex combinations, diag(1/β) Tᵀ W, β = Tᵀ 1. What reads them
     is summed, W diag(1/μ) T, μ = T 1, by which a network whose units were all split, or all doubled, computes the same;
-    with `mean` it is averaged, W T diag(1/β), by which it does not. An axis is taken to read if it is the second of its
-    tensor, where the symmetry does not say. Source: Singh & Jaggi 2020, "Model Fusion via Optimal Transport", algorithm
-    1, which averages.
+    with `mean` it is averaged, W T diag(1/β), by which it does not. A tensor that does both along one axis, as a tied
+    embedding, counts as reading, which is the same function at equal widths only. Source: Singh & Jaggi 2020, "Model
+    Fusion via Optimal Transport", algorithm 1, which averages.
     """
     way = _Way(symmetry, symmetry.sizes(params), convex(plans), spread(plans) if outgoing == "sum" else convex(plans))
     return way.carried(params)

@@ -281,16 +281,33 @@ def test_running_statistics_are_those_of_the_last_exchange() -> None:
 
 
 @pytest.mark.parametrize("answers", [1, 2])
-def test_a_client_that_is_lost_leaves_its_matched_units_behind(answers: int) -> None:
-    cohort = strangers()
-    _, whole = passed(FedMA(sigma=0.01), Federation(cohort), PERCEPTRON)
-    _, merge = passed(FedMA(sigma=0.01), Federation(cohort, silent={2: answers}), PERCEPTRON)
+@pytest.mark.parametrize("absence", [0, 10])
+def test_a_client_that_is_lost_leaves_its_units_behind_and_is_remembered_unless_absence_is_0(
+    answers: int, absence: int
+) -> None:
+    """Without absence, as published, it leaves those that were matched."""
+    cohort, method = strangers(), FedMA(sigma=0.01, absence=absence)
+    _, whole = passed(method, Federation(cohort), PERCEPTRON)
+    _, merge = passed(method, Federation(cohort, silent={2: answers}), PERCEPTRON)
+    known = answers == 2 or absence > 0
     assert PERCEPTRON.sizes(whole.params) == {"0": 15, "2": 12}
-    assert PERCEPTRON.sizes(merge.params) == {"0": 15, "2": 12 if answers == 2 else 8}
+    assert PERCEPTRON.sizes(merge.params) == {"0": 15, "2": 12 if known else 8}
     assert fingerprint(merge.params["0.weight"]) == fingerprint(whole.params["0.weight"])
     remembered = merge.memory["units"]
     assert isinstance(remembered, Mapping)
-    assert {*remembered} == ({"0", "1"} if answers == 1 else {"0", "1", "2"})
+    assert {*remembered} == ({"0", "1", "2"} if known else {"0", "1"})
+
+
+def test_a_client_that_is_lost_weighs_nothing_in_what_others_have_too() -> None:
+    """The last answer of all three, and of two: what is matched later is the two's mean."""
+    params = at_random(perceptron())
+    cohort = [
+        Site(k, {name: value + shift for name, value in params.items()}) for k, shift in enumerate((0, 0.02, 0.04))
+    ]
+    _, merge = passed(FedMA(), Federation(cohort, silent={2: 1}), PERCEPTRON)
+    assert PERCEPTRON.sizes(merge.params) == PERCEPTRON.sizes(params)
+    for layer, shift in (("0", 0.02), ("2", 0.01)):
+        torch.testing.assert_close(merge.params[f"{layer}.weight"], params[f"{layer}.weight"] + shift)
 
 
 def test_a_client_that_is_lost_is_no_part_of_the_last_layer() -> None:

@@ -59,27 +59,86 @@ def test_a_tied_weight_stays_tied_and_a_frozen_one_frozen() -> None:
         (nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(6, 12, 3, groups=2)),
         (nn.ConvTranspose2d(4, 6, 2, groups=2), nn.ConvTranspose2d(8, 10, 2, groups=2)),
         (nn.Conv1d(4, 6, 3), nn.Conv1d(5, 2, 3)),
-        (nn.GroupNorm(2, 8), nn.GroupNorm(2, 12)),
+        (nn.GroupNorm(2, 8), nn.GroupNorm(3, 12)),
+        (nn.GroupNorm(1, 8), nn.GroupNorm(1, 12)),
         (nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(12, affine=False)),
+        (nn.RMSNorm(9), nn.RMSNorm(7)),
+        (nn.PReLU(8), nn.PReLU(12)),
+        (nn.EmbeddingBag(9, 4), nn.EmbeddingBag(9, 6)),
         (nn.GRU(4, 6, num_layers=2, bidirectional=True), nn.GRU(3, 5, num_layers=2, bidirectional=True)),
+        (nn.LSTM(3, 6, proj_size=3), nn.LSTM(3, 8, proj_size=2)),
+        (nn.LSTMCell(4, 6), nn.LSTMCell(3, 8)),
+        (nn.GRUCell(4, 6), nn.GRUCell(3, 8)),
+        (nn.RNNCell(4, 6), nn.RNNCell(3, 8)),
     ],
     ids=str,
 )
 def test_a_layer_takes_other_sizes(layer: nn.Module, wider: nn.Module) -> None:
     load(fit(layer, tensors(wider)), tensors(wider))
     assert repr(layer) == repr(wider)
-    axes = {"Conv2d": (2, -1, 9, 9), "ConvTranspose2d": (2, -1, 9, 9), "BatchNorm2d": (2, -1, 3, 3)}
-    size = getattr(wider, "in_channels", getattr(wider, "num_features", getattr(wider, "num_channels", 3)))
-    shape = [size if length < 0 else length for length in axes.get(type(wider).__name__, (2, -1, 9))]
-    inputs = torch.rand(2, 7, 3) if isinstance(wider, nn.GRU) else torch.rand(shape)
+    inputs = entering(wider)
     outputs, expected = layer.eval()(inputs), wider.eval()(inputs)
     assert same(outputs[0], expected[0])
 
 
-def test_what_cannot_take_other_sizes_is_named() -> None:
-    module = nn.Sequential(nn.Linear(4, 4), nn.PReLU(4))
-    with pytest.raises(ValueError, match=r"^1 is a PReLU, which cannot take tensors of other sizes: Linear, .* can$"):
-        fit(module, {"1.weight": torch.zeros(5)})
+def entering(layer: nn.Module) -> Tensor:
+    """What the layer takes, at random."""
+    if isinstance(layer, nn.EmbeddingBag):
+        return torch.randint(9, (2, 3))
+    axes = {"Conv1d": (2, -1, 9), "GroupNorm": (2, -1, 9), "PReLU": (2, -1, 9), "RMSNorm": (2, 7)}
+    recurrent = {"GRU": (2, 7, 3), "LSTM": (2, 7, 3), "LSTMCell": (2, 3), "GRUCell": (2, 3), "RNNCell": (2, 3)}
+    names = ("in_channels", "num_features", "num_channels", "num_parameters")
+    size = next((getattr(layer, name) for name in names if hasattr(layer, name)), 0)
+    shape = {**axes, **recurrent}.get(type(layer).__name__, (2, -1, 9, 9))
+    return torch.rand([size if length < 0 else length for length in shape])
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs"),
+    [
+        (lambda width: nn.Conv2d(width, 2 * width, 3, groups=width), torch.rand(2, 4, 5, 5)),
+        (lambda width: nn.GroupNorm(width, 2 * width), torch.rand(2, 8, 5)),
+    ],
+    ids=["depthwise", "group norm"],
+)
+def test_a_layer_that_went_through_one_group_comes_back(make: Callable[[int], nn.Module], inputs: Tensor) -> None:
+    layer, wide = make(4), make(4)
+    fit(layer, tensors(make(1)))
+    assert repr(layer) == repr(make(1))
+    load(fit(copy.deepcopy(layer), tensors(wide)), tensors(wide))
+    load(fit(layer, tensors(wide)), tensors(wide))
+    assert same(layer(inputs), wide(inputs))
+
+
+class Blocks(nn.Module):
+    """Convolutions normalised in blocks of 4 channels."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 4 * groups, 3), nn.GroupNorm(groups, 4 * groups)
+        self.last = nn.Linear(4 * groups, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.norm(self.first(x)).relu().mean((2, 3)))
+        return y
+
+
+def test_networks_of_group_norms_side_by_side_compute_the_sum_of_both() -> None:
+    one, other, example = Blocks(2), Blocks(3), torch.rand(2, 1, 5, 5)
+    symmetry = trace(Blocks(2), example)
+    (group,) = symmetry.groups
+    places = torch.arange(2), torch.arange(2, 5)
+    apart = [symmetry.put(tensors(net), {group: at}, {group: 5}) for net, at in zip((one, other), places, strict=True)]
+    both = {name: value + apart[1][name] for name, value in apart[0].items()}
+    module = fit(Blocks(2), both)
+    load(module, both)
+    torch.testing.assert_close(module(example), one(example) + other(example))
+
+
+def test_what_cannot_take_other_sizes_is_named_beside_the_layers_that_can() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 2))
+    with pytest.raises(ValueError, match=r"^1 is a Bilinear, which cannot take .*: Linear, Conv1d, .* GRUCell can$"):
+        fit(module, {"1.bias": torch.zeros(5)})
 
 
 class Viewed(nn.Module):
@@ -106,3 +165,27 @@ def test_a_view_with_a_size_as_a_number_is_refused_with_the_remedy() -> None:
     module, example = Viewed(), torch.rand(2, 1, 4, 4)
     with pytest.raises(ValueError, match=r"does not work with other widths .*flatten\(1\)"):
         refuse_unless_resizable(trace(copy.deepcopy(module), example), module, example)
+
+
+@pytest.mark.parametrize(
+    ("norm", "remedy"),
+    [
+        (nn.LayerNorm(16, elementwise_affine=False), "give 1 weights, .* elementwise_affine=True"),
+        (nn.RMSNorm(16, elementwise_affine=False), "give 1 weights, .* elementwise_affine=True"),
+        (nn.GroupNorm(4, 16, affine=False), "^1: a GroupNorm without weights .* affine=True"),
+    ],
+    ids=str,
+)
+def test_a_norm_whose_sizes_no_tensor_tells_is_refused_with_the_remedy(norm: nn.Module, remedy: str) -> None:
+    module, example = nn.Sequential(nn.Linear(4, 16), norm, nn.ReLU(), nn.Linear(16, 3)), torch.rand(2, 4)
+    with pytest.raises(ValueError, match=remedy):
+        refuse_unless_resizable(trace(copy.deepcopy(module), example), module, example)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4, elementwise_affine=False), nn.GroupNorm(1, 6, affine=False)], ids=str)
+def test_a_norm_without_weights_whose_sizes_stay_or_do_not_matter_is_accepted(norm: nn.Module) -> None:
+    linear = nn.Linear(4, 6)
+    layers = (norm, linear) if isinstance(norm, nn.LayerNorm) else (linear, norm)
+    module, example = nn.Sequential(*layers, nn.ReLU(), nn.Linear(6, 3)), torch.rand(2, 4)
+    refuse_unless_resizable(trace(copy.deepcopy(module), example), module, example)
+    assert linear.out_features == 7

@@ -151,6 +151,25 @@ def test_an_assignment_is_the_best_of_all(seed: int, prior: Prior) -> None:
     assert value == pytest.approx(max(tried))
 
 
+@given(seeds, st.integers(0, 4), st.integers(1, 4), st.booleans())
+def test_an_assignment_is_the_best_of_all_where_units_are_alike(
+    seed: int, atoms: int, units: int, copies: bool
+) -> None:
+    """Gains that are whole numbers, or one for all: several numbers of new atoms are as good as one another."""
+    known = torch.randn(units, atoms, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).round()
+    known = known[:1].expand(units, atoms) if copies else known
+    gain = torch.cat([known, -2 * torch.arange(1, units + 1).double().log().expand(units, units)], 1)
+    tried = [float(gain[range(units), one].sum()) for one in permutations(range(gain.shape[1]), units)]
+    assert float(gain[range(units), assigned(gain, atoms)].sum()) == pytest.approx(max(tried))
+
+
+def test_weights_that_overflow_say_nothing() -> None:
+    weights = [1e30 * own.float() for own in cohort([4, 3, 4], 0)]
+    found = match_units(weights, [1.0, 1.0, 1.0], PAPER)
+    assert [len({*own.tolist()}) for own in found.units] == [4, 3, 4]
+    assert found.atoms.sums.isfinite().all()
+
+
 # --- what the matching promises --------------------------------------------------------------------------------------
 
 

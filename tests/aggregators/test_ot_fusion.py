@@ -14,8 +14,8 @@ from networks import NETWORKS
 from torch import Tensor, nn
 
 from aggregators.alignment.ot_fusion import OtFusion
-from aggregators.core.base import CohortAggregator
-from aggregators.core.exchange import Exchange, LostRound, run
+from aggregators.core.base import Aggregator, CohortAggregator
+from aggregators.core.exchange import Exchange, LostRound, Question, Round, run
 from aggregators.core.fitting import fit
 from aggregators.core.registry import parse
 from aggregators.core.symmetry import Symmetry
@@ -469,6 +469,26 @@ def test_soft_plans_refuse_by_name_what_only_permutations_carry(
         assert "\n" not in str(raised.value)
     for fine in ("fedavg", "fisher", {"kind": "batch_norm", "inner": "fisher"}):
         assert parse({"kind": "ot_fusion", "inner": fine, **settings})
+
+
+class TrainsTwice(Aggregator):
+    """Asks clients to train twice."""
+
+    kind: Literal["test_ot_fusion:TrainsTwice"] = "test_ot_fusion:TrainsTwice"
+
+    def questions(self) -> Iterator[Question]:
+        """Twice the same."""
+        yield from [Question("train")] * 2
+
+    def round(self, model: GlobalModel) -> Round:
+        raise NotImplementedError
+
+
+def test_what_trains_clients_twice_cannot_follow() -> None:
+    with pytest.raises(
+        ValueError, match="TrainsTwice asks to train, train: what trains clients once, first, can follow"
+    ):
+        parse({"kind": "ot_fusion", "inner": TrainsTwice()})
 
 
 def test_a_model_without_symmetry_is_refused() -> None:

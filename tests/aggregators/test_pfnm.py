@@ -18,7 +18,8 @@ from aggregators.core.exchange import Exchange
 from aggregators.core.registry import parse
 from aggregators.core.seed import derive_seed
 from aggregators.core.symmetry import Product, Symmetry
-from aggregators.core.update import ClientUpdate, GlobalModel, Merged, Tensors
+from aggregators.core.tracing import trace
+from aggregators.core.update import ClientUpdate, GlobalModel, Merged, Request, Tensors
 
 PERCEPTRON = Symmetry(
     {
@@ -167,13 +168,82 @@ def test_a_narrower_copy_finds_its_units_and_is_sent_them_again(
     assert fingerprint(sent(after, 1)) == fingerprint(symmetry.take(merge.params, kept))
 
 
-def test_a_client_that_is_not_remembered_is_sent_the_whole_model() -> None:
+def test_a_client_that_is_not_remembered_is_sent_nothing_once_others_are() -> None:
     cohort = [at_random(perceptron(), seed) for seed in range(2)]
     model = model_of(cohort[0], PERCEPTRON)
     after = following(model, PFNM(sigma=0.1).aggregate(model, updates(cohort)))
     assert PERCEPTRON.sizes(sent(after, 0)) == PERCEPTRON.sizes(cohort[0])
-    assert fingerprint(sent(after, 7)) == fingerprint(after.params)
+    assert next(PFNM().round(after)).sent(7) is None
     assert fingerprint(sent(model, 0)) == fingerprint(model.params)
+
+
+# --- clients that are away -------------------------------------------------------------------------------------------
+
+
+def rounds(method: PFNM, cohort: Sequence[Tensors], *present: Sequence[int]) -> GlobalModel:
+    """The model after a round of all, and rounds in which these answer with what they are sent."""
+    model = replace(model_of(cohort[0], PERCEPTRON), round=1)
+    model = following(model, method.aggregate(model, updates(cohort)))
+    for clients in present:
+        asked = next(method.round(model))
+        answers = [replace(update, params=asked.sent(update.client_id) or {}) for update in updates(cohort)]
+        model = following(model, method.aggregate(model, [answers[k] for k in clients]))
+    return model
+
+
+def test_a_client_that_is_away_finds_its_units_as_they_were() -> None:
+    """All strangers, of three widths: even what reads the units is the same."""
+    cohort = [at_random(perceptron(*widths), seed) for seed, widths in enumerate([(5, 4), (7, 3), (6, 6)])]
+    method = PFNM(sigma=0.01)
+    before, after = rounds(method, cohort), rounds(method, cohort, [0, 1], [1], [0, 1])
+    assert PERCEPTRON.sizes(after.params) == {"0": 18, "2": 13}
+    for k in range(3):
+        own = sent(after, k)
+        assert PERCEPTRON.sizes(own) == PERCEPTRON.sizes(cohort[k])
+        for name in own.keys() - {"4.weight", "4.bias"}:
+            torch.testing.assert_close(own[name], cohort[k][name])
+    torch.testing.assert_close(sent(after, 2)["4.weight"], sent(before, 2)["4.weight"])
+
+
+def test_units_of_clients_that_are_away_stay_for_so_many_rounds_and_no_longer() -> None:
+    cohort = [at_random(perceptron(), seed) for seed in range(3)]
+    stays, goes = (rounds(PFNM(sigma=0.01, absence=absence), cohort, [0, 1], [0, 1]) for absence in (2, 1))
+    assert PERCEPTRON.sizes(stays.params) == {"0": 15, "2": 12}
+    assert PERCEPTRON.sizes(goes.params) == {"0": 10, "2": 8}
+    assert next(PFNM().round(goes)).sent(2) is None
+
+
+def test_what_present_clients_have_too_is_theirs_alone() -> None:
+    params = at_random(perceptron())
+    model = replace(model_of(params, PERCEPTRON), round=1)
+    model = following(model, PFNM().aggregate(model, updates([params, permuted(PERCEPTRON, params, 1), params])))
+    moved = {name: value + 0.02 for name, value in sent(model, 0).items()}
+    after = following(model, PFNM().aggregate(model, updates([moved])))
+    assert PERCEPTRON.sizes(after.params) == PERCEPTRON.sizes(params)
+    torch.testing.assert_close(sent(after, 0), moved)
+    torch.testing.assert_close(sent(after, 2), {n: value + 0.02 for n, value in sent(model, 2).items()})
+
+
+def test_widths_that_only_settled_tensors_tell_are_known() -> None:
+    """What reads two groups together, when the layers that tell their sizes are settled: at widths not traced."""
+
+    class Joined(nn.Module):
+        def __init__(self, a: int = 5, b: int = 6, c: int = 4) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, a), nn.Linear(4, b), nn.Linear(a + b, c)
+            self.last = nn.Linear(a + b + c, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = torch.relu(self.a(x)), torch.relu(self.b(x))
+            y: Tensor = self.last(torch.cat([a, torch.relu(self.c(torch.cat([a, b], 1))), b], 1))
+            return y
+
+    symmetry, params = trace(Joined(), torch.zeros(2, 4)), at_random(Joined(7, 8, 4))
+    merge = merged(PFNM(), [params, permuted(symmetry, params, 1)], symmetry)
+    torch.testing.assert_close(merge.params, params)
+
+
+# --- one round after another -----------------------------------------------------------------------------------------
 
 
 def test_a_client_that_trains_no_more_finds_its_units_where_they_were() -> None:
@@ -260,6 +330,16 @@ def test_the_last_layer_is_a_mean_by_classes() -> None:
     shares = torch.tensor([3 / 4, 1 / 2])
     torch.testing.assert_close(merge.params["2.bias"], params["2.bias"] + shares)
     torch.testing.assert_close(merge.params["2.weight"], params["2.weight"] + shares[:, None])
+
+
+def test_the_last_layer_may_go_by_examples_of_which_no_classes_are_asked() -> None:
+    params = at_random(shallow())
+    cohort = [params, {n: v + 1 if n.startswith("2.") else v for n, v in params.items()}]
+    given = [replace(update, class_counts=None) for update in updates(cohort, [4, 6])]
+    method, model = PFNM(by_class=False), model_of(params, SHALLOW)
+    assert [question.request for question in method.questions()] == [Request()]
+    assert next(method.round(model)).request == Request()
+    torch.testing.assert_close(method.aggregate(model, given).params["2.bias"], params["2.bias"] + 0.6)
 
 
 def test_a_class_without_examples_is_a_mean_by_examples() -> None:

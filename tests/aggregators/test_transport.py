@@ -89,6 +89,15 @@ def test_sinkhorns_plan_meets_its_marginals_and_tends_to_the_exact_one(units: in
     assert gaps[0] > 50 * abs(gaps[-1])
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e8, 1e30])
+def test_an_exact_plan_meets_its_marginals_whatever_the_scale_of_masses_and_costs(scale: float) -> None:
+    cost, mu, nu = scale * drawn(60, 80).exp(), scale * drawn(60, seed=1).exp(), drawn(80, seed=2).exp()
+    found = plan(cost, mu, nu)
+    torch.testing.assert_close(found.sum(1), mu / mu.sum())
+    torch.testing.assert_close(found.sum(0), nu / nu.sum())
+    torch.testing.assert_close((found * cost).sum(), (plan(cost / scale, mu / scale, nu) * cost).sum())
+
+
 def test_sinkhorns_plan_is_the_same_by_logarithms_which_steep_costs_need(monkeypatch: pytest.MonkeyPatch) -> None:
     cost, masses = drawn(4, 6).exp(), uniform(4, 6)
     plain = plan(cost, *masses, 0.1)
