@@ -78,28 +78,32 @@ def course(federation: Federation) -> Course:
 
 
 def _run(federation: Federation) -> dict[str, Tensor]:
-    task = parse(json.dumps(federation.task))
-    with redirect_stdout(StringIO()):  # a line for every round is too much here
-        run = loopback.run(
-            federation.task,
-            {"kind": "experiments.federation:Observed", "inner": federation.method},
-            clients=federation.clients,
-            rounds=federation.rounds,
-            seed=federation.seed,
-            training=federation.training,
-            evaluate=False,
-            keep_replies=False,
-        )
-    exchanges = [record["exchanges"] for record in run.records]
-    left_out = [one["reason"] for asked in exchanges for exchange in asked for one in exchange["left_out"]]
-    lost = [record["reason"] for record in run.records if record["status"] != "merged"]
-    if left_out or lost:
-        raise RuntimeError(f"{federation.method}: {'; '.join([*left_out, *lost])}")
+    run = completed(
+        task=federation.task,
+        aggregator={"kind": "experiments.federation:Observed", "inner": federation.method},
+        clients=federation.clients,
+        rounds=federation.rounds,
+        seed=federation.seed,
+        training=federation.training,
+    )
+    task, exchanges = parse(json.dumps(federation.task)), [record["exchanges"] for record in run.records]
     return {
         "accuracy": torch.tensor([record["test"]["accuracy"] for record in run.records], dtype=torch.float64),
         "nbytes": torch.tensor([sum(e["bytes_in"] + e["bytes_out"] for e in asked) for asked in exchanges]).double(),
         "last": torch.tensor(last_round(task, run.model.params, run.model.memory["clients"]), dtype=torch.float64),
     }
+
+
+def completed(**settings: Any) -> loopback.Run:
+    """The run in process, in which nobody was left out and no round lost; RuntimeError, with the reasons, else."""
+    with redirect_stdout(StringIO()):  # a line for every round is too much here
+        run = loopback.run(**settings, evaluate=False, keep_replies=False)
+    exchanges = [exchange for record in run.records for exchange in record["exchanges"]]
+    left_out = [one["reason"] for exchange in exchanges for one in exchange["left_out"]]
+    lost = [record["reason"] for record in run.records if record["status"] != "merged"]
+    if left_out or lost:
+        raise RuntimeError(f"{settings['aggregator']}: {'; '.join([*left_out, *lost])}")
+    return run
 
 
 def last_round(task: Task, merged: Tensors, clients: Any) -> tuple[float, float, float, float]:

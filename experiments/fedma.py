@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from functools import cache
-from io import StringIO
 from itertools import accumulate, pairwise, product
 from statistics import fmean
 from typing import Any, ClassVar, NamedTuple, TypeAlias, cast
@@ -32,12 +30,12 @@ from client.tasks.mnist import Mnist
 from client.tasks.own_data import Labelled
 from client.tasks.partition import Scheme, Split, parts, place
 from client.training import Training, seeded
-from server import loopback
 
 from .cache import cached
 from .cifar10 import Cifar10
 from .federated_skew import MU
 from .federated_skew import SKEWS as DEALT
+from .federation import completed
 from .finetuning import Cohort, Config, Finetuned, accuracy
 from .report import Cell, Gate, Report, Row, command_line, spread
 from .sources import sources
@@ -51,7 +49,7 @@ ONE_SHOT: Mapping[str, Config] = {
 EPOCHS, FIRST = 2, 8
 ENSEMBLE, LONGER = "prediction ensemble", "prediction ensemble, trained as long"
 LINES = {ENSEMBLE: "--", LONGER: ":"}
-FILES = tuple(f"experiments/{name}.py" for name in ("fedma", "mode_connectivity", "cifar10"))
+FILES = tuple(f"experiments/{name}.py" for name in ("fedma", "federation", "mode_connectivity", "cifar10"))
 COSTS = {"exchanges": "exchanges", "epochs": "epochs", "bytes": "nbytes"}
 GATED = "perceptron 3 × 64, 3 clients"
 SLACK, GAIN, GROWTH = 0.01, 0.4, 1.25
@@ -241,13 +239,8 @@ def course(setting: Setting, skew: str, method: Method, seed: int) -> Course:
 
 
 def _run(settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    with redirect_stdout(StringIO()):  # a line for every round is too much here
-        records = loopback.run(**settings, evaluate=False, keep_replies=False).records
+    records = completed(**settings).records
     asked = [record["exchanges"] for record in records]
-    left_out = [one["reason"] for exchanges in asked for exchange in exchanges for one in exchange["left_out"]]
-    lost = [record["reason"] for record in records if record["status"] != "merged"]
-    if left_out or lost:
-        raise RuntimeError(f"{settings['aggregator']}: {'; '.join([*left_out, *lost])}")
     found = {
         "accuracy": [record["test"]["accuracy"] for record in records],
         "growth": [record["metrics"].get("growth", 1.0) for record in records],

@@ -19,12 +19,14 @@ class FedMA(Nonparametric):
     (`core.nonparametric`), θ* = Σ_k s_k θ_k / Σ_k s_k over the clients that have a unit, and batch norms follow. The
     next exchange sends each client the matched level with the rest of its own, whose inputs are where the matched units
     are, zeros where it has none; it trains the rest, and so on: an exchange more than there are levels. The last layer
-    is a mean by classes, Σ_k (n_kc / n_c) θ_k[c], running statistics are those of the last exchange. A client that is
-    lost on the way leaves the pass, its matched units stay. Clients may have any widths, and keep theirs: the next
-    round sends each the units that its own were matched to. Of the clients the server holds what is not matched.
+    is a mean by classes, Σ_k (n_kc / n_c) θ_k[c], running statistics are those of the last exchange. Clients may have
+    any widths, and keep theirs: the next round sends each the units that its own were matched to. One that is away, or
+    is lost on the way, weighs nothing in what others have too, and for `absence` rounds its units stay as they were.
+    Of the clients the server holds what is not matched.
 
     The defaults are corrected: precisions go by examples, atoms are not shrunk towards 0, σ and σ0 are in units of the
-    weights' own scale, and no copy of a unit is a new one. `FedMA.paper(epochs)` has the published values.
+    weights' own scale, no copy of a unit is a new one, and units of clients that are away stay. `FedMA.paper(epochs)`
+    has the published values.
     Source: Wang et al. 2020, "Federated Learning with Matched Averaging", section 2 and algorithm 1; matching of
     Yurochkin et al. 2019. O(n² d + n³) a client, level and sweep, of n units with d weights.
     """

@@ -16,7 +16,8 @@ class PFNM(Nonparametric):
     Level after level θ* = Σ_k s_k θ_k / Σ_k s_k over the clients that have a unit, zeros standing for inputs that they
     have not; the units of a level are matched by their incoming weights and biases (`core.nonparametric`), its inputs
     being matched before, and batch norms follow. The last layer is a mean by classes, Σ_k (n_kc / n_c) θ_k[c]. Clients
-    may have any widths, and keep theirs: the next round sends each the units that its own were matched to.
+    may have any widths, and keep theirs: the next round sends each the units that its own were matched to. One that is
+    away weighs nothing in what others have too, and for `absence` rounds its units stay as they were.
 
     The defaults are corrected: precisions go by examples, atoms are not shrunk towards 0, their prior is wide, σ and σ0
     are in units of the weights' own scale, and no copy of a unit is a new one. `PFNM.paper()` has the published values.

@@ -22,8 +22,9 @@ class Aggregator(BaseModel, ABC):
     `kind`, a Literal in every final class, is its name in configuration. `needs` names what the server must provide:
     "probe" (held-out data), "shared_start" (clients that start from the server's model), "symmetry" (the permutations
     that the task's network admits), "widths" (beside it: clients' networks of other widths than θ_t's, as they begin
-    from their own or are sent, and a θ_{t+1} of others). `examples` are further settings under which the contract suite
-    tries the method, `inners` what it tries a wrapper with.
+    from their own or are sent, and a θ_{t+1} of others), "growth" (beside it: a θ_{t+1} of widths that no client had).
+    `examples` are further settings under which the contract suite tries the method, `inners` what it tries a wrapper
+    with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -63,13 +63,14 @@ class Question(NamedTuple):
 class Exchange(Generic[R]):
     """One question to the cohort, and the fold of its answers.
 
-    `params` is what clients receive: one model for all, one per client, or None when each starts from its own.
-    `anchor` is the model that their cross-moments compare with, None for the one received. `min_updates` is what the
-    method needs, beside the run's quorum. `training` overrides local training.
+    `params` is what clients receive: one model for all, one per client, or None when each starts from its own; for a
+    client that the method does not know it may say None too, which the run's start replaces: θ_t, or its own. `anchor`
+    is the model that their cross-moments compare with, None for the one received. `min_updates` is what the method
+    needs, beside the run's quorum. `training` overrides local training.
     """
 
     task: Work
-    params: Tensors | Callable[[int], Tensors] | None
+    params: Tensors | Callable[[int], Tensors | None] | None
     anchor: Tensors | None = None
     fold: Fold[Any, R]
     request: Request = field(default_factory=Request)
