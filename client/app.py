@@ -13,6 +13,7 @@ from torch import nn
 
 from aggregators.core.fitting import fit
 from aggregators.core.flat import pack, unpack
+from aggregators.core.functional import evaluating
 from aggregators.core.registry import validated
 from aggregators.core.seed import derive_seed
 from aggregators.core.update import ClientUpdate, Tensors
@@ -41,6 +42,7 @@ def respond(content: RecordDict, context: Context) -> RecordDict:
     model = _model(task, asked, received, who)
     _restore_private(task, model, context.state, asked.round)
     training, validation = task.data(context.node_config)
+    _refuse_unfit_private(task, model, training)
     metrics = evaluate(task, model, validation) if asked.evaluate and received is not None else {}
     log.info("round %d, %s: received model %s", asked.round, asked.exchange, _shown(metrics))
     if asked.exchange == "train":
@@ -66,8 +68,18 @@ def _model(task: Task, asked: Instructions, received: Tensors | None, who: str) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(asked.seed, "initial", who if received is None else ""))
         model = task.model()
+    _note_other_sizes(tensors(model), asked, received or {})
     load(fit(model, received or {}), received or {})
     return model
+
+
+def _note_other_sizes(own: Tensors, asked: Instructions, received: Tensors) -> None:
+    """One log line where this client trains in other widths than it is configured to have."""
+    for name, value in received.items():
+        if asked.exchange == "train" and name in own and value.shape != own[name].shape:
+            mine = f"by this client's own configuration it is {tuple(own[name].shape)}"
+            log.info("round %d, train: received %s of shape %s; %s", asked.round, name, tuple(value.shape), mine)
+            return
 
 
 def _train(task: Task, model: nn.Module, examples: Examples, asked: Instructions, who: str) -> dict[str, float]:
@@ -104,6 +116,21 @@ def _restore_private(task: Task, model: nn.Module, state: RecordDict, round: int
         load(model, unpack(state.array_records["private"]["flat"].data, layout))
     elif task.private and round > 1:
         log.warning("private parameters start from their initial values: this client kept none from an earlier round")
+
+
+def _refuse_unfit_private(task: Task, model: nn.Module, examples: Examples) -> None:
+    """ValueError that names them where the model does not work with this client's private parameters."""
+    private = [name for name in tensors(model) if is_private(name, task.private)]
+    if not private or not len(examples):  # type: ignore[arg-type]
+        return
+    try:
+        with evaluating(model), torch.no_grad():
+            model(examples[0][0][None])
+    except RuntimeError as error:
+        raise ValueError(
+            f"the model that was sent does not work with this client's private {', '.join(private)} ({error}): where"
+            " widths differ, give what private parameters read the same width at every client"
+        ) from error
 
 
 def _shown(metrics: dict[str, float]) -> str:

@@ -42,7 +42,10 @@ class Task(BaseModel, ABC):
         own = {key.removeprefix("task."): value for key, value in node.items() if key.startswith("task.")}
         if refused := own.keys() - {*self.local}:
             allowed = ", ".join(self.local) or "none"
-            raise ValueError(f"task.{min(refused)}: a client may set for itself {allowed} of {type(self).__name__}")
+            raise ValueError(
+                f"task.{min(refused)}: a client may set for itself {allowed} of {type(self).__name__}:"
+                " remove it from the node configuration"
+            )
         return validated(type(self), {**self.model_dump(), **own}) if own else self
 
     @abstractmethod

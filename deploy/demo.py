@@ -36,6 +36,11 @@ class Demo(NamedTuple):
     config: Mapping[str, Any]
     own: Sequence[Mapping[str, int]] = ({},) * CLIENTS
 
+    @property
+    def widths(self) -> bool:
+        """Whether clients' networks are of their own sizes."""
+        return any(self.own)
+
 
 DEMOS = {
     "posterior": Demo(
@@ -86,8 +91,8 @@ def main(name: str = "posterior") -> int:
                 _follow(federation, submitted, console, demo.config["rounds"])
     folders = {method: RUNS / run_id for method, run_id in submitted.items()}
     results = {method: load(folder) for method, folder in folders.items()}
-    console.print(table(results))
-    picture = plot(demo.title, results, next(iter(folders.values())) / "demo.png")
+    console.print(table(demo, results))
+    picture = plot(demo, results, next(iter(folders.values())) / "demo.png")
     for path in (*folders.values(), picture):
         console.print(f"  {path.relative_to(APP)}")
     console.print(f"took {time.monotonic() - start:.0f} s")
@@ -142,22 +147,35 @@ def load(folder: Path) -> dict[str, Any]:
 def curve(result: Mapping[str, Any], key: str) -> list[float]:
     """`accuracy`, `worst` or `spread` over the clients of the model before round 1, after round 1, and so on.
 
-    NaN where clients received none: before round 1 each may start from its own.
+    As each client received it: in its own width, if it has one, but for the last model, which all receive whole. NaN
+    where clients received none: before round 1 each may start from its own.
     """
     measured = [*(record["received"] for record in result["records"]), result["final"]]
     return [math.nan if (value := one.get(key)) is None else value for one in measured]
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+def curves(demo: Demo, result: Mapping[str, Any]) -> dict[str, list[float]]:
+    """What is shown of the model before round 1, after round 1, and so on: two accuracies by what they are of.
+
+    Where clients have widths of their own, the server's model on its data, which is one model all along.
+    """
+    if not demo.widths:
+        return {"mean": curve(result, "accuracy"), "worst client": curve(result, "worst")}
+    whole = [math.nan, *(record["test"]["accuracy"] for record in result["records"])]
+    return {"server's model": whole, "mean over clients in their widths": [*curve(result, "accuracy")[:-1], math.nan]}
+
+
+def table(demo: Demo, results: Mapping[str, Mapping[str, Any]]) -> Table:
     """A row per method: accuracies after the first round and of the last model, bytes per round, replies left out."""
-    rows = Table("method", "after round 1", "accuracy", "worst client", "spread", "server", "MB a round", "left out")
+    early = ("server, round 1", "in own widths") if demo.widths else ("after round 1",)
+    rows = Table("method", *early, "accuracy", "worst client", "spread", "server", "MB a round", "left out")
     for name, result in results.items():
         records = result["records"]
         exchanges: Sequence[Mapping[str, Any]] = [exchange for record in records for exchange in record["exchanges"]]
         traffic = sum(exchange["bytes_in"] + exchange["bytes_out"] for exchange in exchanges)
         rows.add_row(
             name,
-            f"{curve(result, 'accuracy')[1]:.3f}",
+            *(f"{shown[1]:.3f}" for _, shown in zip(early, curves(demo, result).values(), strict=False)),
             *(f"{result['final'][key]:.3f}" for key in ("accuracy", "worst", "spread")),
             f"{records[-1]['test']['accuracy']:.3f}",
             f"{traffic / len(records) / 1e6:.2f}",
@@ -166,18 +184,20 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     return rows
 
 
-def plot(title: str, results: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
-    """Accuracy over rounds: solid, the mean over the clients; dashed, the worst client."""
+def plot(demo: Demo, results: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
+    """Accuracy over rounds, the two curves of each method solid and dashed."""
     mpl.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for name, result in results.items():
-        (line,) = axes.plot(curve(result, "accuracy"), marker="o", label=name)
-        axes.plot(curve(result, "worst"), linestyle="--", marker=".", color=line.get_color())
-    axes.set(xlabel="rounds finished", ylabel="accuracy on the clients' validation data", ylim=(0, 1))
-    axes.set_title(f"{title}\n(solid: mean, dashed: worst client)", fontsize="medium")
+        (solid, first), (other, second) = curves(demo, result).items()
+        (line,) = axes.plot(first, marker="o", label=name)
+        axes.plot(second, linestyle="--", marker=".", color=line.get_color())
+    held, thin = ("held-out", "small dots") if demo.widths else ("the clients' validation", "dashed")
+    axes.set(xlabel="rounds finished", ylabel=f"accuracy on {held} data", ylim=(0, 1))
+    axes.set_title(f"{demo.title}\n(solid: {solid}, {thin}: {other})", fontsize="medium")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()

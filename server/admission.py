@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from math import inf
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,12 +13,14 @@ from torch import Tensor
 from aggregators.core.exchange import Exchange
 from aggregators.core.flat import tensor_fields
 from aggregators.core.layers import channels, find
+from aggregators.core.symmetry import Symmetry
 from aggregators.core.update import ClientUpdate, GlobalModel, Gradients, Request, Tensors
 
 from .telemetry import one_line
 
 ROUNDING = 1e-3  # relative slack of Cauchy–Schwarz: sums of many examples, rounded to float32; half precision has more
 POSITIONS = 2**24  # the most at which a layer may look at one example
+Widths: TypeAlias = Mapping[str, int]  # group -> the most units that it may have
 LAYERWISE = ("gram", "grad_gram", "moments", "cross_moments")
 
 
@@ -31,13 +34,28 @@ def admit(update: ClientUpdate, exchange: Exchange[Any], model: GlobalModel, max
         raise Rejected(one_line(reason))
 
 
-def resized(model: GlobalModel, params: Tensors) -> Tensors:
-    """θ_t's tensors at the widths of `params`; Rejected, in one line, where these are widths of no such network."""
+def resized(model: GlobalModel, params: Tensors, most: Widths) -> Tensors:
+    """θ_t's tensors at the widths of `params`; Rejected, in one line, where these are of no such network.
+
+    A group of which `most` says nothing may have any number of units.
+    """
     assert model.symmetry is not None
+    for reason in _misfits(model.symmetry, params, model.params, most):
+        raise Rejected(one_line(reason))
+    return model.symmetry.resized(model.params, params)
+
+
+def _misfits(symmetry: Symmetry, got: Tensors, model: Tensors, most: Widths) -> Iterator[str]:
+    yield from _misnamed("params", got, model)
     try:
-        return model.symmetry.resized(model.params, params)
+        sizes = symmetry.sizes(got)
     except ValueError as error:
-        raise Rejected(one_line(str(error))) from None
+        yield f"{error}: let all that a layer's units are in have one width"
+        return
+    for group, units in sizes.items():
+        bound = most.get(group, inf)
+        if not 1 <= units <= bound:
+            yield f"{group} has {units} units: allowed is 1 to {bound}, by the run's max-width"
 
 
 def _faults(update: ClientUpdate, exchange: Exchange[Any], model: GlobalModel, max_examples: int) -> Iterator[str]:
@@ -47,7 +65,7 @@ def _faults(update: ClientUpdate, exchange: Exchange[Any], model: GlobalModel, m
     if not 0 <= update.metrics.get("num", 0) <= max_examples:
         yield f"the metric num is {update.metrics['num']:g}: allowed is 0 to {max_examples}"
     asked = Request() if exchange.task == "evaluate" else exchange.request
-    yield from _mismatches("params", update.params, model.params if exchange.task == "train" else {})
+    yield from mismatches("params", update.params, model.params if exchange.task == "train" else {})
     yield from _gradients(update, asked.gradients or Gradients(), model)
     yield from _counts(update, asked)
     yield from _layerwise(update, asked)
@@ -61,11 +79,16 @@ def _faults(update: ClientUpdate, exchange: Exchange[Any], model: GlobalModel, m
     yield from _impossible_correlations(update)
 
 
-def _mismatches(field: str, got: Tensors, expected: Mapping[str, Tensor], rows: int | None = None) -> Iterator[str]:
+def _misnamed(field: str, got: Tensors, expected: Mapping[str, Tensor]) -> Iterator[str]:
     if missing := expected.keys() - got.keys():
         yield f"{field} lacks {_some(missing)}"
     if extra := got.keys() - expected.keys():
         yield f"{field} has {_some(extra)}, which was not asked for"
+
+
+def mismatches(field: str, got: Tensors, expected: Mapping[str, Tensor], rows: int | None = None) -> Iterator[str]:
+    """Why `got` has not the names, shapes and dtypes of `expected`, with so many rows of each where it is sketched."""
+    yield from _misnamed(field, got, expected)
     for name, tensor in expected.items():
         shape = tensor.shape if rows is None else (rows, *tensor.shape)
         if got[name].shape != shape:
@@ -76,10 +99,10 @@ def _mismatches(field: str, got: Tensors, expected: Mapping[str, Tensor], rows: 
 
 def _gradients(update: ClientUpdate, asked: Gradients, model: GlobalModel) -> Iterator[str]:
     trainable = {name: model.params[name] for name in model.names}
-    yield from _mismatches("grad_sum", update.grad_sum, trainable if asked.sums else {})
-    yield from _mismatches("sq_grad_sum", update.sq_grad_sum, trainable if asked.squares else {})
+    yield from mismatches("grad_sum", update.grad_sum, trainable if asked.sums else {})
+    yield from mismatches("sq_grad_sum", update.sq_grad_sum, trainable if asked.squares else {})
     sketched = trainable if asked.sketches else {}
-    yield from _mismatches("grad_sketch", update.grad_sketch, sketched, rows=asked.sketches)
+    yield from mismatches("grad_sketch", update.grad_sketch, sketched, rows=asked.sketches)
 
 
 def _counts(update: ClientUpdate, asked: Request) -> Iterator[str]:

@@ -23,6 +23,7 @@ from client.statistics import unsupported
 from client.task import Task, load, parse, tensors
 from client.training import Training, evaluate
 
+from .admission import Widths
 from .grid import StreamingGrid, Transport
 from .ledger import Ledger
 from .settings import Settings, from_run_config
@@ -53,16 +54,15 @@ def federate(
         raise ValueError(f"resume = {settings.resume!r}: no finished round there; give a run's folder, or nothing")
     model = global_model(task, settings)
     if "symmetry" in settings.aggregator.needed():
-        model = replace(model, symmetry=(found := symmetry(task, model)))
-        if "widths" in settings.aggregator.needed():
-            refuse_unless_resizable(found, task.model(), task.example())
-    model = ledger.restore(model)
+        model = replace(model, symmetry=symmetry(task, model))
+    widths = _widths(task, model, settings, telemetry)
+    model = ledger.restore(model, widths is not None)
     _refuse_unless_able(settings.aggregator, task, settings, model)
     ledger.note("settings", settings.model_dump(mode="json", by_alias=True))
     size = sum(tensor.numel() for tensor in model.params.values())
     rounds = range(model.round + 1, settings.rounds + 1)
     telemetry.started(settings.aggregator.kind, settings.task, size, rounds, str(folder))
-    return MergeStrategy(settings.aggregator, transport, settings, ledger, telemetry).run(model)
+    return MergeStrategy(settings.aggregator, transport, settings, ledger, telemetry, widths).run(model)
 
 
 def _checked_task(settings: Settings) -> Task:
@@ -105,6 +105,21 @@ def symmetry(task: Task, model: GlobalModel) -> Symmetry:
         raise ValueError(f"{type(task).__name__}'s model has no units that could be permuted: use another method")
     verify(found, module, task.example())
     return found
+
+
+def _widths(task: Task, model: GlobalModel, settings: Settings, telemetry: Telemetry) -> Widths | None:
+    """The most units that a client's own model may have of each group; None where all are to have θ_t's widths."""
+    needs = settings.aggregator.needed()
+    if "widths" not in needs or model.symmetry is None:
+        return None
+    try:
+        refuse_unless_resizable(model.symmetry, task.model(), task.example())
+    except ValueError as error:
+        if "growth" in needs:
+            raise
+        telemetry.one_width(str(error))
+        return None
+    return {group: int(settings.max_width * units) for group, units in model.symmetry.sizes(model.params).items()}
 
 
 def _probe(task: Task) -> Probe | None:

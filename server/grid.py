@@ -35,8 +35,13 @@ class Transport(Protocol):
     def nodes(self) -> list[int]:
         """The ids of the clients that are connected, sorted."""
 
-    def ask(self, kind: str, content: Content, cohort: Sequence[int], deadline: float) -> Iterator[Reply]:
-        """One reply per client of the cohort, in order of arrival, until `deadline` seconds have passed."""
+    def ask(
+        self, kind: str, content: Content, cohort: Sequence[int], deadline: float, newcomers: bool = True
+    ) -> Iterator[Reply]:
+        """One reply per client of the cohort, in order of arrival, until `deadline` seconds have passed.
+
+        Whether newcomers may be asked in place of clients that are gone is for the caller to say.
+        """
 
 
 @dataclass(eq=False)
@@ -48,6 +53,7 @@ class _Asked:
     answered: set[int] = field(default_factory=set)
     attempts: dict[int, int] = field(default_factory=dict)
     activated: Mapping[int, str] = field(default_factory=dict)
+    newcomers: bool = True
 
     def waits(self) -> bool:
         """Whether a reply may still come: a task lost once too often is not sent again."""
@@ -70,7 +76,8 @@ class StreamingGrid:
     """Flower's grid as a Transport: pushes once, then pulls each reply when it is there, and forgets it.
 
     Flower delivers at most once. A task whose node died, or restarted between two polls, is sent again, to the same
-    node if it is back, else to one that has newly connected (without authentication a restarted node is a new one).
+    node if it is back, else to one that has newly connected (without authentication a restarted node is a new one),
+    where newcomers may be asked.
     """
 
     grid: Grid
@@ -81,10 +88,12 @@ class StreamingGrid:
         """The ids of the nodes that are connected, sorted."""
         return sorted(self.grid.get_node_ids())
 
-    def ask(self, kind: str, content: Content, cohort: Sequence[int], deadline: float) -> Iterator[Reply]:
+    def ask(
+        self, kind: str, content: Content, cohort: Sequence[int], deadline: float, newcomers: bool = True
+    ) -> Iterator[Reply]:
         """One reply per client of the cohort, in order of arrival; after `deadline` seconds the rest are late."""
         end = self.clock() + deadline
-        asked = _Asked(activated=self._online())
+        asked = _Asked(activated=self._online(), newcomers=newcomers)
         self._push(asked, kind, content, cohort, end)
         pause, roll_call = FIRST_PAUSE, self.clock() + ROLL_CALL
         while asked.waits() and self.clock() < end:
@@ -144,7 +153,7 @@ class StreamingGrid:
         back = [client for client in asked.lost if client in online and known[client] < ATTEMPTS]
         gone = [client for client in asked.lost if client not in online]
         newcomers = [client for client in sorted(online) if client not in asked.activated and client not in known]
-        replaced = dict(zip(gone, newcomers, strict=False))
+        replaced = dict(zip(gone, newcomers, strict=False)) if asked.newcomers else {}
         again = [*restarted, *back, *replaced.values()]
         asked.activated = {**asked.activated, **{client: online[client] for client in again}}
         replies = [Reply(old, None, f"{asked.lost[old]}: {new} is asked in its place") for old, new in replaced.items()]

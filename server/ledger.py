@@ -18,6 +18,9 @@ from torch import Tensor
 from aggregators.core.flat import as_tensor, from_tensor_fields, pack, tensor_fields, unpack
 from aggregators.core.update import ClientUpdate, GlobalModel, Memory, Tensors
 
+from .admission import Rejected, mismatches, resized
+from .telemetry import one_line
+
 log = logging.getLogger("flwr.fedbasin")
 
 
@@ -54,14 +57,18 @@ class Ledger:
         """The last finished round whose model is kept; None in a new run."""
         return max(set(self._rounds("safetensors")) & set(self._rounds("json")), default=None)
 
-    def restore(self, model: GlobalModel) -> GlobalModel:
-        """`model` with the latest finished round's parameters, memory and number; itself in a new run."""
+    def restore(self, model: GlobalModel, widths: bool = False) -> GlobalModel:
+        """`model` with the latest finished round's parameters, memory and number; itself in a new run.
+
+        ValueError, in one line, for parameters of another network, or, unless `widths`, of other widths.
+        """
         if (latest := self.latest()) is None:
             return model
         with safe_open(self._model(latest), framework="pt", device=str(model.device)) as file:
             state = _filled(json.loads(file.metadata()["outline"]), file.get_tensor)
-        if not _of(state["params"], model):
-            raise ValueError(f"the model in {self._model(latest)} is of another task: start a new run")
+        for fault in _faults(state["params"], model, widths):
+            remedy = "resume it with the task and method that it is of, or start a new run"
+            raise ValueError(f"cannot go on from {self._model(latest)}: {fault}: {remedy}")
         return replace(model, **state, round=latest)
 
     def records(self) -> list[dict[str, Any]]:
@@ -88,19 +95,29 @@ class Ledger:
         _write(self._replies / name, _safetensors(arrays, {"header": json.dumps(header)}))
 
     def kept(self, round: int, exchange: int) -> Iterator[ClientUpdate]:
-        """The replies kept for that exchange, in the order they were admitted; an unreadable one is skipped."""
+        """The replies kept for that exchange, in the order they were admitted.
+
+        One that cannot be read is skipped, and those to later exchanges, which stand on it, are forgotten.
+        """
         for path in sorted(self._replies.glob(f"{round:04d}-{exchange:02d}-*.safetensors")):
             try:
                 update = _read(path)
             except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
                 log.warning("the kept reply %s cannot be read, its client is asked again: %s", path.name, error)
+                for later in self._after(round, exchange):
+                    later.unlink()
                 continue
             yield update
             del update
 
     def closed(self, round: int, exchange: int) -> bool:
         """Whether replies to a later exchange of the round are kept: they stand on this one's, which takes no more."""
-        return any(int(path.name.split("-")[1]) > exchange for path in self._replies.glob(f"{round:04d}-*.safetensors"))
+        return bool(self._after(round, exchange))
+
+    def _after(self, round: int, exchange: int) -> list[Path]:
+        """The replies kept for later exchanges of the round."""
+        replies = self._replies.glob(f"{round:04d}-*.safetensors")
+        return [path for path in replies if int(path.name.split("-")[1]) > exchange]
 
     @property
     def _replies(self) -> Path:
@@ -167,12 +184,9 @@ def _filled(outline: Any, tensor: Callable[[str], Tensor], path: tuple[str, ...]
     return tensor(_key(path)) if outline is None else outline
 
 
-def _of(params: Tensors, model: GlobalModel) -> bool:
-    """Whether these are tensors of the model's network, of any width where its symmetry is known."""
-    if params.keys() != model.params.keys():
-        return False
+def _faults(params: Tensors, model: GlobalModel, widths: bool) -> Iterator[str]:
+    """Why these are no tensors of the model's network, of any width if `widths`."""
     try:
-        expected = model.params if model.symmetry is None else model.symmetry.resized(model.params, params)
-    except ValueError:
-        return False
-    return all(tensor.shape == expected[name].shape for name, tensor in params.items())
+        yield from mismatches("params", params, resized(model, params, {}) if widths else model.params)
+    except (Rejected, RuntimeError) as error:
+        yield one_line(str(error))

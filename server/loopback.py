@@ -55,7 +55,9 @@ class Loopback:
         """1 to the number of clients."""
         return sorted(self.contexts)
 
-    def ask(self, kind: str, content: Content, cohort: Sequence[int], deadline: float) -> Iterator[Reply]:
+    def ask(
+        self, kind: str, content: Content, cohort: Sequence[int], deadline: float, newcomers: bool = True
+    ) -> Iterator[Reply]:
         """The clients' replies, one client after the other; an exception of a client is its error reply."""
         end = time.monotonic() + deadline
         for client in cohort:

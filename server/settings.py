@@ -35,6 +35,7 @@ class Settings(BaseModel):
     deadline: float = Field(default=600, gt=0, allow_inf_nan=False)  # seconds an exchange may take
     evaluate: bool = True  # whether clients evaluate the model they receive
     max_examples: int = Field(default=10**9, ge=1)  # the largest num_examples a client may claim
+    max_width: float = Field(default=4, ge=1, allow_inf_nan=False)  # of a client's own layer, in widths of the task's
     device: str = "auto"  # where the merge runs: auto, cpu, cuda, cuda:1, ...
     runs_dir: str = "runs"  # where checkpoints and records go
     checkpoints: int = Field(default=2, ge=1)  # how many of the latest models are kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -15,9 +15,9 @@ from aggregators.core.base import Aggregator
 from aggregators.core.exchange import Exchange, LostRound, collect, run
 from aggregators.core.seed import derive_seed
 from aggregators.core.tensors import like
-from aggregators.core.update import ClientUpdate, GlobalModel, Merged
+from aggregators.core.update import ClientUpdate, GlobalModel, Merged, Tensors
 
-from .admission import Rejected, admit, all_finite, resized
+from .admission import Rejected, Widths, admit, all_finite, resized
 from .grid import Reply, Transport
 from .ledger import Ledger
 from .settings import Settings
@@ -31,7 +31,8 @@ WAIT = 0.5  # seconds between looks at who is connected, before a round begins
 class MergeStrategy:
     """Federated rounds of `aggregator`: asks the cohort, admits replies, merges, checkpoints.
 
-    A bad reply is left out and named; a round below quorum leaves θ_t standing; neither ends the run.
+    A bad reply is left out and named; a round below quorum leaves θ_t standing; neither ends the run. `widths` bounds
+    those of a client that starts from its own model; None where it is to have θ_t's.
     """
 
     aggregator: Aggregator
@@ -39,11 +40,15 @@ class MergeStrategy:
     settings: Settings
     ledger: Ledger
     telemetry: Telemetry
+    widths: Widths | None = None
     _record: RoundRecord = field(init=False)
     _cohort: list[int] = field(init=False, default_factory=list)
+    _shapes: dict[int, Tensors] = field(init=False, default_factory=dict)
+    _merged: bool = field(init=False, default=False)  # whether any round has
 
     def run(self, model: GlobalModel) -> tuple[GlobalModel, dict[str, float | None]]:
         """The model after the last round, and its evaluation by the clients (empty when nobody evaluated it)."""
+        self._merged = any(record["status"] == "merged" for record in self.ledger.records())
         for _ in range(model.round, self.settings.rounds):
             model = self._round(model)
         start = time.perf_counter()
@@ -63,6 +68,7 @@ class MergeStrategy:
             model = self._applied(model, run(self.aggregator.round(model), lambda asked: self._ask(asked, model)))
         except LostRound as lost:
             record.status, record.reason = "lost", str(lost)
+        self._merged |= record.status == "merged"
         if record.exchanges:
             record.received = evaluation(record.exchanges[0].clients)
         if model.probe is not None:
@@ -113,9 +119,7 @@ class MergeStrategy:
 
     def _ask(self, exchange: Exchange[Any], model: GlobalModel) -> Iterator[ClientUpdate]:
         """The admitted updates of one exchange as they arrive; those kept from before a crash come first."""
-        if self._own_start(exchange, model):
-            anchor = model.params if exchange.request.cross_moments else None
-            exchange = replace(exchange, params=None, anchor=exchange.anchor or anchor)
+        exchange = self._starting(exchange, model)
         number, note = len(self._record.exchanges), ExchangeRecord(exchange.task)
         self._record.exchanges.append(note)
         replies, kept = self._replies(exchange, model, note), self.ledger.kept(model.round, number)
@@ -135,12 +139,30 @@ class MergeStrategy:
         if len(note.admitted) < self.settings.quorum:
             raise LostRound(f"{len(note.admitted)} good replies, the quorum is {self.settings.quorum}")
 
-    def _own_start(self, exchange: Exchange[Any], model: GlobalModel) -> bool:
-        first = model.round == 1 and not self._record.exchanges
-        return self.settings.start == "own" and first and exchange.task == "train"
+    def _starting(self, exchange: Exchange[Any], model: GlobalModel) -> Exchange[Any]:
+        """The exchange as the run's start has it: clients' own models until a round has merged, and for newcomers."""
+        self._shapes = {}
+        own = self.settings.start == "own"
+        if own and exchange.task == "train" and not self._merged and not self._record.exchanges:
+            anchor = model.params if exchange.request.cross_moments else None
+            return replace(exchange, params=None, anchor=exchange.anchor or anchor)
+        if callable(exchange.params):
+            return replace(exchange, params=self._noting(exchange.params, None if own else model.params))
+        return exchange
+
+    def _noting(self, known: Callable[[int], Tensors | None], start: Tensors | None) -> Callable[[int], Tensors | None]:
+        """What each client is sent, its shapes noted: a method may have to compute it; `start` if it knows of none."""
+
+        def sent(client_id: int) -> Tensors | None:
+            params = known(client_id) or start
+            self._shapes[client_id] = {name: value.to("meta") for name, value in (params or {}).items()}
+            return params
+
+        return sent
 
     def _replies(self, exchange: Exchange[Any], model: GlobalModel, note: ExchangeRecord) -> Iterator[Reply]:
-        closed = self.ledger.closed(model.round, len(self._record.exchanges) - 1)
+        number = len(self._record.exchanges) - 1
+        closed = self.ledger.closed(model.round, number)
         cohort = [client for client in self._cohort if str(client) not in note.admitted and not closed]
         with note.timed("encoding"):
             content = encode(exchange, self._instructions(exchange, model))
@@ -152,7 +174,7 @@ class MergeStrategy:
 
         note.asked = len(cohort) + len(note.admitted)
         self.telemetry.asking(model.round, exchange.task, note.asked)
-        replies = self.transport.ask(exchange.task, counted, cohort, self.settings.deadline)
+        replies = self.transport.ask(exchange.task, counted, cohort, self.settings.deadline, number == 0)
         try:
             while True:
                 with note.timed("waiting"):
@@ -191,13 +213,16 @@ class MergeStrategy:
         return update
 
     def _expected(self, update: ClientUpdate, exchange: Exchange[Any], model: GlobalModel) -> GlobalModel:
-        """θ_t in the shapes that this client's reply is to have: of what it was sent, or of its own."""
-        sent = exchange.sent(update.client_id)
+        """θ_t in the shapes that this client's reply is to have: of what it was sent, or of its own.
+
+        Rejected where it has no part in the round: methods match the answers of a round's exchanges by id.
+        """
+        if self._record.exchanges[1:] and update.client_id not in self._cohort:
+            raise Rejected("it has no part in this exchange: no reply of its own to the one before was admitted")
+        sent = self._shapes.get(update.client_id) or exchange.sent(update.client_id)
         if sent is not None:
             return replace(model, params=sent)
-        if "widths" in self.aggregator.needed() and model.symmetry is not None:
-            return replace(model, params=resized(model, update.params))
-        return model
+        return model if self.widths is None else replace(model, params=resized(model, update.params, self.widths))
 
     def _decoded(self, reply: Reply, note: ExchangeRecord) -> ClientUpdate:
         if reply.content is None:
@@ -210,12 +235,7 @@ class MergeStrategy:
             forget(reply.content)
 
     def _admitted(self, note: ExchangeRecord, update: ClientUpdate) -> None:
-        """Notes the client's counts and metrics; Rejected when it has answered already, by its id or by its name.
-
-        After the round's first exchange, a client that newly connected has no part in it: methods match answers by id.
-        """
-        if self._record.exchanges[1:] and update.client_id not in self._cohort:
-            raise Rejected("it connected too late: it has no part in this round's first exchange")
+        """Notes the client's counts and metrics; Rejected when it has answered already, by its id or by its name."""
         names = {client["name"] for client in note.clients.values()} - {""}
         if str(update.client_id) in note.admitted or update.name in names:
             raise Rejected(f"answered twice: {update.name or update.client_id} is in the fold already")

@@ -45,8 +45,8 @@ class ExchangeRecord:
 class RoundRecord:
     """One round: what became of it, its exchanges, the method's metrics, and evaluations.
 
-    `received` is the clients' evaluation of the model that the round started from; `test` the server's, on its
-    held-out data, of the model that it ended with.
+    `received` is the clients' evaluation of the model that the round started from, as each received it; `test` the
+    server's, on its held-out data, of the model that it ended with.
     """
 
     round: int
@@ -126,6 +126,10 @@ class Telemetry:
         span = f"rounds {rounds[0]} to {rounds[-1]}" if rounds else "no rounds left"
         self._say(f"{method} on {task}: {parameters:,} parameters, {span}; records in {folder}")
 
+    def one_width(self, reason: str) -> None:
+        """Says that no client may have other widths than the task's, and why."""
+        self._say(one_line(f"all clients must have the task's widths: {reason}"))
+
     def asking(self, round: int, task: str, clients: int) -> None:
         """A new exchange has begun."""
         if self.console.is_terminal:
@@ -161,7 +165,8 @@ class Telemetry:
         outcome = record.status if not record.reason else f"{record.status}: {record.reason}"
         self._say(f"round {record.round} {outcome}; {_volume(record)}; {record.seconds:.2f} s ({times})")
         if record.received:
-            self._say(f"  clients on the model of round {record.round - 1}: {_shown(record.received)}")
+            model = f"the model of round {record.round - 1}, as each received it"
+            self._say(f"  clients on {model}: {_shown(record.received)}")
         if record.test:
             self._say(f"  server on the model of round {record.round}: {_shown(record.test)}")
 
@@ -187,7 +192,7 @@ def _number(value: float | None) -> str:
 
 
 def table(records: Sequence[Mapping[str, Any]], final: Mapping[str, float | None]) -> Table:
-    """A row per round: replies, bytes, seconds, and the accuracy of the round's model on clients and server."""
+    """A row per round: replies, bytes, seconds, and accuracies of its model, on clients as each received it."""
     rows = Table("round", "outcome", "replies", "left out", "MB in", "MB out", "seconds", "accuracy", "worst", "spread")
     rows.add_column("server")
     after = [record["received"] for record in records[1:]] + [final]

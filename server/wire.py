@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from aggregators.core.exchange import Exchange
 from aggregators.core.flat import WIRE_VERSION, Layout, from_tensor_fields, pack, unpack
-from aggregators.core.update import ESTIMATORS, ClientUpdate, Estimator
+from aggregators.core.update import ESTIMATORS, ClientUpdate, Estimator, Tensors
 
 from .telemetry import one_line
 
@@ -23,11 +23,13 @@ def encode(exchange: Exchange[Any], instructions: Mapping[str, Any]) -> Callable
     """The message of `exchange` for each client; a model that all receive is packed once."""
     text = json.dumps({**instructions, **_asked(exchange)})
     anchor = {} if exchange.anchor is None else {"anchor": pack(exchange.anchor)}
+
+    def message(params: Tensors | None) -> RecordDict:
+        return _message(text, {**({} if params is None else {"params": pack(params)}), **anchor})
+
     if callable(exchange.params):
-        per_client = exchange.params
-        return lambda client_id: _message(text, {"params": pack(per_client(client_id)), **anchor})
-    params = {} if exchange.params is None else {"params": pack(exchange.params)}
-    shared = _message(text, {**params, **anchor})
+        return lambda client_id: message(exchange.sent(client_id))
+    shared = message(exchange.params)
     return lambda client_id: shared
 
 

@@ -87,7 +87,9 @@ class Hall:
     def nodes(self) -> list[int]:
         return sorted(self.clients)
 
-    def ask(self, kind: str, content: Content, cohort: Sequence[int], deadline: float) -> Iterator[Reply]:
+    def ask(
+        self, kind: str, content: Content, cohort: Sequence[int], deadline: float, newcomers: bool = True
+    ) -> Iterator[Reply]:
         self.asked.append((kind, list(cohort)))
         for client_id in (client_id for client_id in self.clients if client_id in cohort):
             if self.given == self.crash_after:

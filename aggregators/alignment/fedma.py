@@ -57,7 +57,7 @@ class FedMA(Nonparametric):
     def round(self, model: GlobalModel) -> Round:
         """A train exchange for each level, and one for the last layer."""
         merger = Pass(self, model)
-        longer = {"epochs": self.first_epochs} if self.first_epochs and model.round == 1 else {}
+        longer = {"epochs": self.first_epochs} if self.first_epochs and not merger.known else {}
         exchange = Exchange(task="train", params=merger.start, fold=merger.fold(buffers=False), training=longer)
         for level in merger.levels:
             rest = merger.match(level, (yield from exchange))

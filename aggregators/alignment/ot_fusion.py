@@ -72,6 +72,10 @@ class OtFusion(Aggregator):
     def _trains_once(cls, inner: Aggregator) -> Aggregator:
         """Refuses what could not begin anew, in the reference's widths, when it is given the carried clients."""
         tasks = [question.task for question in inner.questions()]
+        if any(question.task == "train" and question.request.cross_moments for question in inner.questions()):
+            raise ValueError(
+                f"{inner.kind} compares clients with what they were sent, which is not what they merge into"
+            )
         if tasks.count("train") != 1 or tasks[0] != "train":
             raise ValueError(f"{inner.kind} asks to {', '.join(tasks)}: what trains clients once, first, can follow")
         return inner

@@ -44,9 +44,8 @@ def refuse_unless_resizable(symmetry: Symmetry, module: nn.Module, *inputs: Tens
         try:
             computed(module, larger, *inputs)
         except Exception as error:  # whatever a stranger's module raises
-            raise ValueError(
-                f"the model does not work with other widths ({type(error).__name__}: {error}): {_remedy(module)}"
-            ) from None
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"the model does not work with other widths ({said}): {_remedy(module)}") from None
 
 
 class Place(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
@@ -12,12 +13,13 @@ from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils.data import DataLoader, Subset
 
+from aggregators.core.fitting import fit
 from aggregators.core.functional import computed, evaluating
 from aggregators.core.update import Gradients, Moments, Request, Tensors
 
 from ..task import Examples, Task, is_private
 from ..training import Batch, seeded
-from .activations import Layer, Unmeasurable, channel_rows, detached, plain_layers
+from .activations import BLOCK, Layer, Unmeasurable, channel_rows, detached, plain_layers
 from .estimators import CHUNK, chosen
 from .per_example import changed, widened
 
@@ -59,8 +61,9 @@ def correlations(
     """Pearson's correlations of each unit of the model with each of the anchor, (units, units), by name of the layer.
 
     Σ â b̂ᵀ over the same examples and positions, a what leaves a linear or convolutional layer of the model, b of the
-    anchor, each unit moved and scaled to Σ â = 0, Σ â² = 1; a row or column of 0 for a unit that is constant. Layers
-    and examples are those of `moments`, in eval mode. Parameters that the anchor lacks, private ones, are the model's.
+    anchor, which may have other widths, each unit moved and scaled to Σ â = 0, Σ â² = 1; a row or column of 0 for a
+    constant unit. Layers and examples are those of `moments`, in eval mode. Parameters that the anchor lacks, private
+    ones, are the model's.
 
     Pre-activations: a layer's channels are units one to one, whereas what enters the next may be flattened maps.
     Correlations: ReLU networks may scale units at will, and nothing else is free of it. Half precision goes in
@@ -68,15 +71,15 @@ def correlations(
     for 128 examples. Source: Li et al. 2016, "Convergent Learning", section 3. ValueError where nothing can be
     measured.
     """
-    layers = plain_layers(model, task.private)
     own = detached(model)
-    other = {**own, **{name: widened(value) for name, value in anchor.items()}}
     found: dict[str, Pair] = defaultdict(Pair)
     with evaluating(model), seeded(seed), torch.no_grad():
+        other = own | {name: widened(value) for name, value in anchor.items()}
+        sides = [(model, own), (_sized(model, anchor), other)]
         for inputs, _ in _batches(examples, (request.gradients or Gradients()).limit):
-            a, b = (_outputs(model, tensors, layers, inputs) for tensors in (own, other))
+            a, b = (_outputs(one, tensors, plain_layers(one, task.private), inputs) for one, tensors in sides)
             for (name, rows), (_, others) in zip(a, b, strict=True):
-                found[name].add(rows.double(), others.double())
+                found[name].add(rows, others)
     if not found and len(examples):  # type: ignore[arg-type]
         raise Unmeasurable(task, "cross-moments")
     return {name: pair.correlation() for name, pair in found.items()}
@@ -119,22 +122,31 @@ class Pair:
     products: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        """Adds rows of the same examples and positions."""
-        self.products = self.products + self.a.add(a).T @ self.b.add(b)
+        """Adds rows of the same examples and positions, in blocks."""
+        size = max(1, BLOCK // (a.shape[1] + b.shape[1]))
+        for x, y in zip(torch.split(a, size), torch.split(b, size), strict=True):
+            self.products = self.products + self.a.add(x.double()).T @ self.b.add(y.double())
 
     def correlation(self) -> Tensor:
         """Of every unit of one with every unit of the other, float32; 0 where a model's outputs overflow."""
         return (self.a.scale()[:, None] * self.products * self.b.scale()).float().nan_to_num(0, 0, 0)
 
 
+def _sized(model: nn.Module, params: Tensors) -> nn.Module:
+    """A module like the model, of the sizes that `params` has; they share the tensors whose shape stays."""
+    tensors = (value for one in model.modules() for value in vars(one).values() if isinstance(value, Tensor))
+    shared = {id(value): value for value in [*model.parameters(), *model.buffers(), *tensors]}
+    return fit(deepcopy(model, shared), params)
+
+
 def _outputs(
     model: nn.Module, tensors: Tensors, layers: list[tuple[str, Layer]], inputs: Tensor
 ) -> list[tuple[str, Tensor]]:
-    """What leaves each layer, (n, units), in blocks in order of the calls; copies, as what follows may be in place."""
+    """What leaves each layer, (n, units), in order of the calls; copies, as what follows may be in place."""
     found: list[tuple[str, Tensor]] = []
 
     def keep(name: str, layer: Layer, x: Tensor, output: Tensor) -> Tensor:
-        found.extend((name, block) for block in channel_rows(layer, output.clone()))
+        found.append((name, torch.cat([*channel_rows(layer, output)])))
         return output
 
     with changed(layers, keep):

@@ -491,6 +491,12 @@ def test_what_trains_clients_twice_cannot_follow() -> None:
         parse({"kind": "ot_fusion", "inner": TrainsTwice()})
 
 
+def test_what_compares_clients_with_what_they_were_sent_cannot_follow() -> None:
+    aligned = {"kind": "activation_matching", "reference": "global", "inner": "fedavg"}
+    with pytest.raises(ValueError, match="activation_matching compares clients with what they were sent"):
+        parse({"kind": "ot_fusion", "inner": aligned})
+
+
 def test_a_model_without_symmetry_is_refused() -> None:
     with pytest.raises(ValueError, match="needs the symmetry of the task's network"):
         next(fusion().round(replace(model_of("perceptron"), symmetry=None)))

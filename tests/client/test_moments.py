@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 from aggregators.core.update import Gradients, Moments, Request, Tensors
 from client.statistics import measure, unsupported
-from client.statistics.activations import channel_rows, plain_layers
+from client.statistics.activations import BLOCK, channel_rows, plain_layers
 from client.statistics.moments import Pair, Running, correlations, moments
 from client.task import Examples, Node, Task
 
@@ -287,6 +287,64 @@ def test_correlations_are_pearsons_of_all_activations_at_once(
     for name, value in found.items():
         assert value.dtype == torch.float32
         np.testing.assert_allclose(value, corrcoef(a[name], b[name]), atol=2e-6)
+
+
+class Gated(nn.Module):
+    """An LSTM, and a layer that reads it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lstm, self.last = nn.LSTM(4, width, batch_first=True), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.lstm(x)[0])
+        return y
+
+
+WIDTHS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...], dict[str, int]]] = {
+    "layer norm": (lambda h: net(nn.Linear(4, h), nn.LayerNorm(h), nn.Linear(h, 3), seed=h), (4,), {"0": -1, "2": -1}),
+    "depthwise": (
+        lambda h: net(nn.Conv2d(1, h, 3), nn.Conv2d(h, h, 3, groups=h), nn.Conv2d(h, 2, 1), seed=h),
+        (1, 6, 6),
+        {"0": 1, "1": 1, "2": 1},
+    ),
+    "LSTM": (lambda h: net(Gated(h), seed=h), (5, 4), {"last": -1}),
+    "old weight norm": (
+        lambda h: net(nn.Linear(4, h), nn.utils.weight_norm(nn.Linear(h, 3)), seed=h),
+        (4,),
+        {"0": -1},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("name", WIDTHS)
+def test_a_model_of_other_widths_is_run_in_its_own_sizes(name: str) -> None:
+    make, shape, axes = WIDTHS[name]
+    model, anchor, examples = make(4), make(7), inputs(MANY, *shape)
+    model(examples[0][0][None])  # as in training: weight norms keep what they computed
+    found = compared(model, anchor.state_dict(), examples)
+    a, b = (activations(one, examples, axes) for one in (model, anchor))
+    assert found.keys() == axes.keys()
+    for layer, value in found.items():
+        np.testing.assert_allclose(value, corrcoef(a[layer], b[layer]), atol=2e-6)
+
+
+def test_comparing_other_widths_leaves_the_model_as_it_was() -> None:
+    model, anchor = (net(nn.Linear(4, h), nn.LayerNorm(h), nn.Linear(h, 3), seed=h).train() for h in (4, 7))
+    before = {name: (id(value), value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
+    compared(model, anchor.state_dict(), inputs(5))
+    assert all(id(value) == before[name][0] for name, value in model.state_dict(keep_vars=True).items())
+    assert all(torch.equal(value, before[name][1]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+
+
+def test_more_rows_than_one_block_takes_are_compared_row_by_row_whatever_the_widths() -> None:
+    model, anchor, examples = net(nn.Conv1d(2, 3, 1)), net(nn.Conv1d(2, 7, 1), seed=1), inputs(128, 2, 1500)
+    a, b = (activations(one, examples, {"": 1})[""] for one in (model, anchor))
+    assert len(a) > BLOCK / 7
+    (found,) = compared(model, anchor.state_dict(), examples).values()
+    np.testing.assert_allclose(found, corrcoef(a, b), atol=2e-6)
 
 
 def test_correlations_are_free_of_scale_and_centre() -> None:

@@ -163,7 +163,7 @@ def test_a_client_killed_between_the_layers_of_fedma_leaves_the_pass_and_its_uni
     with LocalFederation(tmp_path, WIDE) as federation:
         run_id = federation.submit(ROOT, {**config, "aggregator": "fedma", "runs-dir": str(tmp_path / "runs")})
         folder, end = tmp_path / "runs" / run_id, time.monotonic() + 120
-        while len([*folder.rglob("0001-00-*")]) < 3 and time.monotonic() < end:
+        while len([*folder.rglob("0001-00-*.safetensors")]) < 3 and time.monotonic() < end:
             time.sleep(0.1)
         federation.kill_node(2)
         assert federation.wait(run_id, timeout=300)["status"] == "finished:completed"

@@ -93,7 +93,9 @@ def test_private_parameters_stay_at_their_clients_from_round_to_round(caplog: py
 class Overheard(loopback.Loopback):
     """Keeps what every client sent, and can tell its private parameters."""
 
-    def ask(self, kind: str, content: Content, cohort: Sequence[int], deadline: float) -> Iterator[Reply]:
+    def ask(
+        self, kind: str, content: Content, cohort: Sequence[int], deadline: float, newcomers: bool = True
+    ) -> Iterator[Reply]:
         self.updates: list[ClientUpdate] = []
         for reply in super().ask(kind, content, cohort, deadline):
             self.updates.append(decode(reply.content, reply.client_id))
@@ -172,7 +174,9 @@ class Asleep:
     def nodes(self) -> list[int]:
         raise AssertionError("looked for clients")
 
-    def ask(self, kind: str, content: Content, cohort: Sequence[int], deadline: float) -> Iterator[Reply]:
+    def ask(
+        self, kind: str, content: Content, cohort: Sequence[int], deadline: float, newcomers: bool = True
+    ) -> Iterator[Reply]:
         raise AssertionError(f"woke {cohort} with {RecordDict()}")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aggregators.core.exchange import Exchange, collect
 from aggregators.core.update import TENSOR_FIELDS, ClientUpdate, GlobalModel, Gradients, Moments, Request
-from server.admission import Rejected, admit, all_finite
+from server.admission import Rejected, admit, all_finite, resized
 from server.telemetry import LONGEST
 
 MOST = 10_000
@@ -276,6 +276,48 @@ WRONG: dict[str, tuple[ClientUpdate, str]] = {
 def test_an_unsound_update_is_refused_in_one_line_that_names_what_is_wrong(case: str) -> None:
     update, expected = WRONG[case]
     assert expected in reason(update)
+
+
+def announced(units: int, **others: Tensor) -> dict[str, Tensor]:
+    """Tensors like the model's, without values, with so many units in the first layer; others are as they are given."""
+    assert MODEL.symmetry is not None
+    shapes = {name: [*value.shape] for name, value in MODEL.params.items()}
+    for name, axis in MODEL.symmetry.members["first"]:
+        shapes[name][axis] = units
+    return {name: MODEL.params[name].new_empty(shape, device="meta") for name, shape in shapes.items()} | others
+
+
+VAST = {name: torch.empty(2**62, 0) for name in announced(1) if name.startswith(("first", "norm"))}
+VAST |= {"second.weight": torch.empty(1, 2**62, 0), "last.weight": SIX[:3, None]}
+VAST |= dict.fromkeys(("second.bias", "again.bias"), SIX[:1])
+MISFITS: dict[str, tuple[dict[str, Tensor], str]] = {
+    "no units": (announced(0), "first has 0 units: allowed is 1 to 24, by the run's max-width"),
+    "too many units": (announced(25), "first has 25 units: allowed is 1 to 24, by the run's max-width"),
+    "more than storage can have": (announced(1, **VAST), f"first has {2**62} units: allowed is 1 to 24"),
+    "widths that contradict": (
+        announced(7, **{"norm.weight": SIX}),
+        "norm.weight has an axis of 6, its groups make 7: let all that a layer's units are in have one width",
+    ),
+    "an axis too few": (announced(7, **{"first.weight": SIX}), "first.weight has 1 axes, 2 are described"),
+    "no tensors": ({}, "params lacks again.bias, first.bias, first.weight and 13 more"),
+    "another tensor": (announced(7, more=SIX), "params has more, which was not asked for"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_widths_of_no_network_are_refused_in_one_line_that_names_what_is_wrong(case: str) -> None:
+    params, said = MISFITS[case]
+    with pytest.raises(Rejected, match=r"^[^\n]+$") as refused:
+        resized(MODEL, params, {"first": 24, "second": 8})
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("units", [1, 6, 24])
+def test_any_width_up_to_the_bound_is_allowed(units: int) -> None:
+    found = resized(MODEL, announced(units), {"first": 24, "second": 8})
+    assert {name: value.shape for name, value in found.items()} == {
+        name: value.shape for name, value in announced(units).items()
+    }
 
 
 @pytest.mark.parametrize("field", [*TENSOR_FIELDS[1:], "moments", "class_counts"])

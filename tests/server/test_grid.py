@@ -30,9 +30,9 @@ def bad(after: float, code: int, reason: str | None = "it broke") -> Outcome:
     return after, Error(code, reason)
 
 
-def replies(grid: FakeGrid, cohort: list[int], deadline: float = DEADLINE) -> list[Reply]:
+def replies(grid: FakeGrid, cohort: list[int], deadline: float = DEADLINE, newcomers: bool = True) -> list[Reply]:
     streaming = StreamingGrid(grid, clock=grid.clock, sleep=grid.sleep)
-    return list(streaming.ask("train", lambda client_id: RecordDict(), cohort, deadline))
+    return list(streaming.ask("train", lambda client_id: RecordDict(), cohort, deadline, newcomers))
 
 
 def answered(of: list[Reply]) -> list[int]:
@@ -241,6 +241,14 @@ def test_a_newcomer_is_asked_in_place_of_a_node_that_is_gone() -> None:
     assert answered(got) == [2, 9]
     assert reasons(got) == {1: "it is gone: 9 is asked in its place"}
     assert pushes(grid) == {1: 1, 2: 1, 9: 1}
+
+
+def test_no_newcomer_is_asked_where_the_answers_of_those_before_are_stood_on() -> None:
+    grid = FakeGrid({1: [bad(10, 5)], 2: [good(2)], 9: [good(8)]}, presence={1: [(0, 5)], 9: [(6, FOREVER)]})
+    got = replies(grid, [1, 2], newcomers=False)
+    assert answered(got) == [2]
+    assert reasons(got) == {1: "lost: it is gone (attempt 1 of 3, deadline 60 s)"}
+    assert pushes(grid) == {1: 1, 2: 1}
 
 
 def test_a_newcomer_is_asked_once_however_long_it_takes() -> None:

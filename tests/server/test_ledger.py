@@ -123,11 +123,49 @@ def test_the_latest_finished_round_is_restored(tmp_path: Path) -> None:
     assert fingerprint(restored.params) == fingerprint(after(3).params)
 
 
-def test_a_model_of_another_task_is_refused_in_one_line(tmp_path: Path) -> None:
+def refusal(ledger: Ledger, model: GlobalModel, widths: bool = False) -> str:
+    """Why the run cannot go on from what was saved."""
+    with pytest.raises(ValueError, match=r"^[^\n]+, or start a new run$") as refused:
+        ledger.restore(model, widths)
+    assert "round-0001.safetensors: " in str(refused.value)
+    return str(refused.value)
+
+
+def test_a_model_of_another_task_is_refused_in_one_line_that_names_the_tensor(tmp_path: Path) -> None:
     ledger = saved(tmp_path, 1)
-    for params in ({"w": torch.ones(1)}, {**MODEL.params, "first.weight": torch.ones(6, 5)}):
-        with pytest.raises(ValueError, match=r"round-0001\.safetensors is of another task: start a new run$"):
-            ledger.restore(replace(MODEL, params=params))
+    assert "params lacks w: resume it with the task" in refusal(ledger, replace(MODEL, params={"w": torch.ones(1)}))
+    other = replace(MODEL, params={**MODEL.params, "first.weight": torch.ones(6, 5)})
+    for widths in (False, True):
+        assert "params first.weight has shape (6, 4), asked for (6, 5)" in refusal(ledger, other, widths)
+
+
+def wider(model: GlobalModel, units: int) -> GlobalModel:
+    """The model with so many units in its first layer, the new ones 0."""
+    assert model.symmetry is not None
+    own = torch.arange(min(units, 6))
+    taken = model.symmetry.take(model.params, {"first": own})
+    return replace(model, params=model.symmetry.put(taken, {"first": own}, {"first": units}))
+
+
+def test_a_model_of_other_widths_is_restored_only_where_the_method_changes_widths(tmp_path: Path) -> None:
+    ledger, model = Ledger(tmp_path), wider(after(1), 9)
+    ledger.save(model, {})
+    assert fingerprint(ledger.restore(MODEL, widths=True).params) == fingerprint(model.params)
+    assert "params first.weight has shape (9, 4), asked for (6, 4)" in refusal(ledger, MODEL)
+
+
+def test_a_model_of_no_units_is_refused(tmp_path: Path) -> None:
+    Ledger(tmp_path).save(wider(after(1), 0), {})
+    assert "first has 0 units" in refusal(Ledger(tmp_path), MODEL, widths=True)
+
+
+def test_a_model_whose_size_overflows_is_refused(tmp_path: Path) -> None:
+    assert MODEL.symmetry is not None
+    one = MODEL.symmetry.take(MODEL.params, {"second": torch.arange(1)})
+    vast = {name: torch.empty(2**62, 0) for name in one if name.startswith(("first", "norm"))}
+    params = {**one, **vast, "second.weight": torch.empty(1, 2**62, 0)}
+    Ledger(tmp_path).save(replace(after(1), params=params), {})
+    assert "overflow" in refusal(Ledger(tmp_path), MODEL, widths=True)
 
 
 def test_notes_stand_beside_the_rounds_and_are_none(tmp_path: Path) -> None:
@@ -311,6 +349,17 @@ def test_a_kept_reply_that_cannot_be_read_is_skipped_with_a_warning(
     assert [fingerprint(update) for update in ledger.kept(1, 0)] == expected
     assert len(warned) == 1
     assert spoilt.name in warned[0]
+
+
+def test_replies_that_stand_on_one_that_cannot_be_read_are_forgotten(tmp_path: Path) -> None:
+    """Else its exchange would be closed, and they answers to another cohort's."""
+    ledger = Ledger(tmp_path)
+    for exchange in (0, 0, 1, 2):
+        ledger.keep(1, exchange, UPDATES[exchange])
+    (tmp_path / "replies" / "0001-00-000001.safetensors").write_bytes(b"torn")
+    assert len(list(ledger.kept(1, 0))) == 1
+    assert not ledger.closed(1, 0)
+    assert list(ledger.kept(1, 1)) == list(ledger.kept(1, 2)) == []
 
 
 def test_a_reply_that_was_being_written_when_the_server_died_is_none(tmp_path: Path, warned: list[str]) -> None:

@@ -117,6 +117,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "deadline": (0.0, "greater than 0"),
     "evaluate": ("perhaps", "boolean"),
     "max-examples": (0, "greater than or equal to 1"),
+    "max-width": (0.5, "greater than or equal to 1"),
     "device": ("cuda:99", "not a device of this machine"),
     "runs-dir": (7, "string"),
     "checkpoints": (0, "greater than or equal to 1"),
@@ -207,7 +208,9 @@ class Asleep:
     def nodes(self) -> list[int]:
         raise AssertionError("looked for clients")
 
-    def ask(self, kind: str, content: Content, cohort: Sequence[int], deadline: float) -> Iterator[Reply]:
+    def ask(
+        self, kind: str, content: Content, cohort: Sequence[int], deadline: float, newcomers: bool = True
+    ) -> Iterator[Reply]:
         raise AssertionError("woke a client")
 
 

@@ -184,7 +184,9 @@ def test_nameless_clients_are_not_one_another(tmp_path: Path) -> None:
 class Twice(Hall):
     """A hall that delivers every reply twice."""
 
-    def ask(self, kind: str, content: Content, cohort: Sequence[int], deadline: float) -> Iterator[Reply]:
+    def ask(
+        self, kind: str, content: Content, cohort: Sequence[int], deadline: float, newcomers: bool = True
+    ) -> Iterator[Reply]:
         for client_id in cohort:
             for _ in range(2):
                 yield self._reply(client_id, content(client_id))
@@ -328,7 +330,9 @@ def test_a_second_exchange_asks_those_who_answered_the_first(tmp_path: Path) -> 
 class Newcomer(Hall):
     """A hall in which a client that nobody asked answers every exchange too."""
 
-    def ask(self, kind: str, content: Content, cohort: Sequence[int], deadline: float) -> Iterator[Reply]:
+    def ask(
+        self, kind: str, content: Content, cohort: Sequence[int], deadline: float, newcomers: bool = True
+    ) -> Iterator[Reply]:
         yield from super().ask(kind, content, [client for client in cohort if client != 4], deadline)
         yield self._reply(4, content(4))
 
@@ -344,8 +348,69 @@ def test_a_newcomer_may_join_a_rounds_first_exchange_but_no_later_one(tmp_path: 
     first, second = records(tmp_path / "b")[0]["exchanges"]
     assert first["admitted"] == second["admitted"] == ["1", "2", "3"]
     assert second["left_out"] == [
-        {"client": "4", "reason": "it connected too late: it has no part in this round's first exchange"}
+        {"client": "4", "reason": "it has no part in this exchange: no reply of its own to the one before was admitted"}
     ]
+
+
+class Own(Aggregator):
+    """Trains, and then measures each client's own model."""
+
+    kind: Literal["own"] = "own"
+
+    def round(self, model: GlobalModel) -> Round:
+        updates = yield from Exchange(task="train", params=model.params, fold=collect)
+        trained = {update.client_id: update.params for update in updates}
+        yield from Exchange(task="measure", params=trained.__getitem__, fold=collect)
+        return Merged(model.params)
+
+
+class Replacing(Hall):
+    """A hall that client 3 leaves after the first exchange: 4 is asked in its place, where a newcomer may be."""
+
+    def ask(
+        self, kind: str, content: Content, cohort: Sequence[int], deadline: float, newcomers: bool = True
+    ) -> Iterator[Reply]:
+        gone = bool(self.asked)
+        yield from super().ask(kind, content, [client for client in cohort if not gone or client != 3], deadline)
+        if gone and newcomers:
+            yield self._reply(4, content(4))
+
+
+def test_after_a_rounds_first_exchange_no_newcomer_is_asked_in_place_of_a_client_that_is_gone(tmp_path: Path) -> None:
+    transport = Replacing({client.client_id: answering(client) for client in COHORT})
+    transport.nodes = lambda: [1, 2, 3]  # type: ignore[method-assign]
+    rounds(tmp_path, transport, Own(), rounds=1)
+    (record,) = records(tmp_path)
+    assert record["status"] == "merged"
+    assert [exchange["admitted"] for exchange in record["exchanges"]] == [["1", "2", "3"], ["1", "2"]]
+
+
+class Known(Aggregator):
+    """Knows client 1, and counts what it computes for clients."""
+
+    kind: Literal["known"] = "known"
+    _computed: list[int] = PrivateAttr(default_factory=list)
+
+    def round(self, model: GlobalModel) -> Round:
+        def sent(client_id: int) -> Any:
+            self._computed.append(client_id)
+            return model.params if client_id == 1 else None
+
+        yield from Exchange(task="train", params=sent, fold=collect)
+        return Merged(model.params)
+
+
+@pytest.mark.parametrize("start", ["own", "shared"])
+def test_a_client_that_the_method_does_not_know_begins_as_the_runs_clients_do(tmp_path: Path, start: str) -> None:
+    transport = hall(COHORT[:2])
+    rounds(tmp_path, transport, Known(), rounds=2, start=start)
+    assert received(transport) == ([False, False, True, False] if start == "own" else [True] * 4)
+
+
+def test_what_each_client_is_sent_is_computed_once(tmp_path: Path) -> None:
+    known = Known()
+    rounds(tmp_path, hall(COHORT[:1]), known, rounds=1)
+    assert known._computed == [1]
 
 
 def received(transport: Hall) -> list[bool]:
@@ -357,6 +422,32 @@ def test_an_own_start_sends_no_params_in_the_first_exchange_of_the_first_round_o
     transport = hall(COHORT[:1])
     rounds(tmp_path, transport, TWO, rounds=2, start="own")
     assert received(transport) == [False, True, True, True]
+
+
+class Smaller(Aggregator):
+    """Measures a part of the model, and then trains it."""
+
+    kind: Literal["smaller"] = "smaller"
+
+    def round(self, model: GlobalModel) -> Round:
+        part = {"first.bias": model.params["first.bias"]}
+        yield from Exchange(task="measure", params=lambda client_id: part, fold=collect)
+        yield from Exchange(task="train", params=model.params, fold=collect)
+        return Merged(model.params)
+
+
+def test_a_reply_is_expected_in_the_shapes_that_its_own_exchange_sent(tmp_path: Path) -> None:
+    rounds(tmp_path, hall(COHORT), Smaller(), rounds=2)
+    assert [left_out(record) for record in records(tmp_path)] == [{}, {}]
+
+
+@pytest.mark.parametrize("stops", [[4], [1, 2, 4]])
+def test_an_own_start_holds_until_a_round_has_merged_resumed_or_not(tmp_path: Path, stops: list[int]) -> None:
+    transport, model = hall(COHORT[:1], {1: Once(spoilt("params", NAN), 1)}), MODEL
+    for stop in stops:
+        model, _ = strategy("fedavg", transport, tmp_path, rounds=stop, start="own").run(model)
+    assert [record["status"] for record in records(tmp_path)] == ["lost", "merged", "merged", "merged"]
+    assert received(transport) == [False, False, True, True]
 
 
 @pytest.mark.parametrize("compared", [False, True])
@@ -594,6 +685,29 @@ def test_a_client_left_out_before_the_crash_does_not_join_an_exchange_that_later
     run = resumed(tmp_path / "b", hall(COHORT, bad, crash_after=5), after, TWO, rounds=1)
     assert after.asked == [("train", []), ("measure", [3, 4])]
     assert fingerprint(run.ledger.restore(MODEL).params) == fingerprint(straight.params)
+
+
+def test_a_kept_reply_of_a_client_that_is_left_out_of_the_exchange_before_is_left_out_too(tmp_path: Path) -> None:
+    """The resumed run allows fewer examples than client 4 has."""
+    order = [COHORT[index] for index in (3, 0, 1, 2)]
+    with pytest.raises(Crash):
+        rounds(tmp_path, hall(order, crash_after=5), Own(), rounds=1)
+    rounds(tmp_path, hall(order), Own(), rounds=1, max_examples=COHORT[2].num_examples)
+    first, second = records(tmp_path)[0]["exchanges"]
+    assert first["admitted"] == second["admitted"] == ["1", "2", "3"]
+    assert "num_examples is 11" in first["left_out"][0]["reason"]
+    assert "no reply of its own" in second["left_out"][0]["reason"]
+
+
+def test_a_kept_reply_that_cannot_be_read_is_asked_for_again_with_all_that_stand_on_it(tmp_path: Path) -> None:
+    straight = rounds(tmp_path / "a", hall(COHORT), TWO, rounds=1)
+    with pytest.raises(Crash):
+        rounds(tmp_path / "b", hall(COHORT, crash_after=6), TWO, rounds=1)
+    (tmp_path / "b" / "replies" / "0001-00-000001.safetensors").write_bytes(b"torn")
+    after = hall(COHORT)
+    model = rounds(tmp_path / "b", after, TWO, rounds=1)
+    assert after.asked == [("train", [2]), ("measure", [1, 3, 4, 2])]
+    assert fingerprint(model.params) == fingerprint(straight.params)
 
 
 def test_a_client_left_out_before_the_crash_may_join_an_exchange_that_was_still_open(tmp_path: Path) -> None:

@@ -162,6 +162,12 @@ def test_events_are_lines_where_the_output_is_no_terminal() -> None:
     ]
 
 
+def test_why_all_clients_must_have_one_width_is_one_line() -> None:
+    log = telemetry(width=40)
+    log.one_width("the model does not work\nwith other widths")
+    assert said(log) == "all clients must have the task's widths: the model does not work with other widths\n"
+
+
 def test_a_run_that_is_finished_already_says_so() -> None:
     log = telemetry()
     log.started("fedavg", "digits", 10, range(4, 4), "/runs/7")
@@ -176,7 +182,7 @@ def test_a_finished_round_is_told_with_its_times_volume_and_evaluations() -> Non
     log.finished(record)
     assert said(log).splitlines() == [
         "round 3 merged; 4 replies, 2 left out; 4.00 MB in, 6.00 MB out; 2.00 s (waiting 1.50, folding 0.25)",
-        "  clients on the model of round 2: accuracy 0.9123, loss –",
+        "  clients on the model of round 2, as each received it: accuracy 0.9123, loss –",
         "  server on the model of round 3: accuracy 0.5",
     ]
 

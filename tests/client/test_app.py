@@ -1,0 +1,78 @@
+"""What a client answers, and says, when it is sent a model of other widths than its own."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from flwr.app import Context, RecordDict
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from aggregators.core.exchange import Exchange, collect
+from client.app import respond
+from client.task import Examples, Node, Task, tensors
+from server.wire import encode
+
+
+class Wide(Task):
+    """A hidden layer of as many units as a client likes."""
+
+    num_classes: ClassVar[int | None] = 3
+    local: ClassVar[tuple[str, ...]] = ("hidden",)
+
+    hidden: int = 4
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 3))
+
+    def data(self, node: Node) -> tuple[Examples, Examples]:
+        return (examples := TensorDataset(torch.rand(6, 4), torch.arange(6) % 3)), examples
+
+
+class PrivateHead(Wide):
+    private: ClassVar[tuple[str, ...]] = ("2.*",)
+
+
+def sent(task: Task, round: int = 2) -> RecordDict:
+    """What asks a client to train the task's model."""
+    exchange = Exchange(task="train", params=tensors(task.model(), task.private), fold=collect)
+    kind = f"{__name__}:{type(task).__name__}"
+    return encode(exchange, {"task": kind, "training": {}, "seed": 0, "round": round, "evaluate": False})(1)
+
+
+def client(**node: Any) -> Context:
+    return Context(0, 1, node, RecordDict(), {})
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What the client logs, which Flower's logger keeps to its own handlers."""
+    log = logging.getLogger("flwr.fedbasin")
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    monkeypatch.setattr(log, "level", logging.INFO)
+    return caplog
+
+
+def test_a_client_says_that_it_trains_in_other_widths_than_its_own(said: pytest.LogCaptureFixture) -> None:
+    respond(sent(Wide()), client(**{"task.hidden": 6}))
+    assert "received 0.weight of shape (4, 4); by this client's own configuration it is (6, 4)" in said.text
+    said.clear()
+    respond(sent(Wide(hidden=6)), client(**{"task.hidden": 6}))
+    assert "own configuration" not in said.text
+
+
+def test_private_parameters_that_do_not_fit_the_model_that_was_sent_are_named_with_the_remedy() -> None:
+    wide = client(**{"task.hidden": 6})
+    respond(sent(PrivateHead(hidden=6), round=1), wide)
+    with pytest.raises(ValueError, match=r"private 2\.weight, 2\.bias \(mat1 and mat2 .* same width at every client"):
+        respond(sent(PrivateHead()), wide)
+
+
+def test_an_option_that_a_client_may_not_set_is_refused_with_the_remedy() -> None:
+    with pytest.raises(
+        ValueError, match=r"^task\.num: a client .* hidden of Wide: remove it from the node configuration$"
+    ):
+        Wide().at({"task.num": 3})
