@@ -19,12 +19,7 @@ from ..core.transport import Outgoing, Planned, Planner, Plans, permutation, rev
 from ..core.update import ClientUpdate, GlobalModel, Memory, Merged, Request, Tensors
 
 ASKED = Request(cross_moments=True)
-RIGID = {
-    "gram": "Gram matrices",
-    "grad_gram": "Gram matrices of gradients",
-    "moments": "moments",
-    "cross_moments": "correlations",
-}
+RIGID = {"gram": "Gram matrices", "grad_gram": "Gram matrices of gradients", "moments": "moments"}
 
 
 class OtFusion(Aggregator):

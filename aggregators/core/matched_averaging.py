@@ -252,12 +252,11 @@ class Pass:
     def _memory(self) -> Memory:
         """The units of every client that is known, and the round of its last answer."""
         units, seen = {str(id): own for id, own in self.units.items()}, cast(Any, self.model.memory.get("seen", {}))
-        answered = dict.fromkeys(units.keys() - {str(AWAY)}, self.model.round)
-        if (moved := units.pop(str(AWAY), None)) is not None:
-            away = {id: own for id, own in self.known.items() if id not in units}
-            for id, own in away.items():
-                units[id] = {group: moved[group][torch.searchsorted(self.theirs[group], own[group])] for group in own}
-        return {"units": units, "seen": {**{id: seen[id] for id in units.keys() - answered.keys()}, **answered}}
+        moved = units.pop(str(AWAY), {})
+        away = {id: own for id, own in self.known.items() if moved and id not in units}
+        found = {id: {g: moved[g][torch.searchsorted(self.theirs[g], own[g])] for g in own} for id, own in away.items()}
+        rounds = {**{id: seen[id] for id in away}, **dict.fromkeys(units, self.model.round)}
+        return {"units": {**found, **units}, "seen": rounds}
 
     def _metrics(self) -> dict[str, float]:
         """Units of each group, the widest client's and in the end; their growth; the share that all clients have."""

@@ -434,7 +434,7 @@ def test_squares_follow_other_widths_approximately_and_the_record_says_so() -> N
     assert ended(fusion(), model, models).metrics["approximate_statistics"] == 0
 
 
-@pytest.mark.parametrize("asked", ["gram", "grad_gram", "moments", "cross_moments", "sketches"])
+@pytest.mark.parametrize("asked", ["gram", "grad_gram", "moments", "sketches"])
 def test_clients_whose_statistics_cannot_follow_are_left_out_and_keep_their_place(asked: str) -> None:
     name, model = "perceptron", model_of("perceptron")
     models = {1: drawn(name, 1), 2: drawn(name, 2, 9, 8), 3: drawn(name, 3, 9, 8)}
