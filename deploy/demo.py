@@ -1,4 +1,4 @@
-"""`make demo`: one SuperLink and four SuperNodes on loopback, digits, several methods at once, one table, one plot."""
+"""`make demo` and its kin: a SuperLink and SuperNodes on loopback, digits, methods at once, a table and a plot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from server.telemetry import console_for_output
 
-from .local import LocalFederation
+from .local import LocalFederation, make_certs
 
 APP = Path(__file__).resolve().parent.parent
 CLIENTS = 4
@@ -35,6 +35,7 @@ class Demo(NamedTuple):
     methods: Mapping[str, Mapping[str, Any]]
     config: Mapping[str, Any]
     own: Sequence[Mapping[str, int]] = ({},) * CLIENTS
+    tls: bool = False  # and SuperNodes that are known by their keys
 
     @property
     def widths(self) -> bool:
@@ -71,6 +72,13 @@ DEMOS = {
         {"task": {"kind": "digits", "partition": "iid"}, "rounds": 2, "start": "own", "training.epochs": 20},
         [{"task.hidden": width} for width in WIDTHS],
     ),
+    "tls": Demo(
+        "Digits, 3 clients over TLS, known by their keys",
+        {"Fisher": {"kind": "fisher"}},
+        {"task": {"kind": "digits", "partition": "iid"}, "rounds": 2, "training.epochs": 5},
+        ({},) * 3,
+        tls=True,
+    ),
 }
 
 
@@ -80,12 +88,13 @@ def main(name: str = "posterior") -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background jobs ignore
     console, start = console_for_output(), time.monotonic()
-    nodes = [
-        {"partition-id": k, "num-partitions": CLIENTS, "name": f"site-{k}", **own} for k, own in enumerate(demo.own)
-    ]
+    size = len(demo.own)
+    nodes = [{"partition-id": k, "num-partitions": size, "name": f"site-{k}", **own} for k, own in enumerate(demo.own)]
     with tempfile.TemporaryDirectory(prefix="fedbasin-") as logs:
-        console.print(f"starting a SuperLink and {CLIENTS} SuperNodes on 127.0.0.1, client traffic over gRPC")
-        with LocalFederation(Path(logs), nodes) as federation:
+        certs = make_certs(Path(logs) / "certs", size) if demo.tls else None
+        secured = "TLS, each client known by its key" if demo.tls else "gRPC"
+        console.print(f"starting a SuperLink and {size} SuperNodes on 127.0.0.1, client traffic over {secured}")
+        with LocalFederation(Path(logs), nodes, tls=certs) as federation:
             submitted = {method: _submit(federation, demo, method, console) for method in demo.methods}
             with console.status(f"{len(submitted)} runs at once on the same clients"):
                 _follow(federation, submitted, console, demo.config["rounds"])
@@ -101,7 +110,7 @@ def main(name: str = "posterior") -> int:
 
 def _submit(federation: LocalFederation, demo: Demo, name: str, console: Console) -> str:
     texts = {"task": json.dumps(demo.config["task"]), "aggregator": json.dumps(demo.methods[name])}
-    shared = {"min-clients": CLIENTS, "deadline": 200.0, "runs-dir": str(RUNS)}
+    shared = {"min-clients": len(demo.own), "deadline": 200.0, "runs-dir": str(RUNS)}
     run_id = federation.submit(APP, {**demo.config, **shared, **texts})
     console.print(f"{name}: flwr run, id {run_id}", highlight=False)
     return run_id

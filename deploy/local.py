@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +32,8 @@ MARK = "FEDBASIN_STARTED_BY"  # in the environment of every process, which those
 BIN = Path(sys.executable).parent
 START_SECONDS = 60.0  # for a process to listen
 STOP_SECONDS = 10.0  # for a process to end after SIGTERM
+RETURN_SECONDS = 150.0  # for a SuperNode with a key to be let in again: the SuperLink must have missed it, 67 s
+LET_IN = "SuperNode ID: "  # what a SuperNode logs then
 
 
 def free_ports(number: int) -> list[int]:
@@ -41,27 +45,42 @@ def free_ports(number: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
+def make_certs(folder: Path, sites: int) -> Path:
+    """The folder with a development CA, a server certificate and keys for so many sites in it, by deploy/certs.sh."""
+    script = Path(__file__).with_name("certs.sh")
+    done = subprocess.run([script, "-d", folder, "-n", str(sites)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip())
+    return folder
+
+
 @dataclass(eq=False)
 class LocalFederation:
     """A context in which a SuperLink and one SuperNode per node configuration run; leaving it stops them all.
 
-    Logs and Flower's own files go to `folder`. `environment` is added to every process's.
+    Logs and Flower's own files go to `folder`; `environment` is added to every process's. With `tls`, a folder that
+    deploy/certs.sh has made, the SuperLink speaks nothing but TLS, and lets in SuperNode k by the key of site k. Where
+    `isolated`, apps run in executors, `superexec` beside the SuperLink and `superexec-k` beside `supernode-k`, and the
+    SuperLink's state is in SQLite, so that each process can be killed and started again by its name.
     """
 
     folder: Path
     nodes: Sequence[Mapping[str, Any]]
     environment: Mapping[str, str] = field(default_factory=dict)
+    tls: Path | None = None
+    isolated: bool = False
     processes: dict[str, subprocess.Popen[bytes]] = field(init=False, default_factory=dict)
     mark: str = field(init=False, default_factory=lambda: uuid.uuid4().hex)
 
     def __enter__(self) -> LocalFederation:
         self.folder = self.folder.resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.http, self.fleet, self.health = free_ports(3)
+        self.http, self.fleet, self.health, *self.ports = free_ports(3 + len(self.nodes))
         try:
-            self._start_superlink()
-            for number in range(len(self.nodes)):
-                self.start_node(number)
+            self.start("superlink")
+            self._introduce()
+            for name in [*self._executor(""), *chain(*map(self._site, range(len(self.nodes))))]:
+                self._spawn(name)
         except BaseException:
             self.stop()
             raise
@@ -72,29 +91,129 @@ class LocalFederation:
     ) -> None:
         self.stop()
 
-    def _start_superlink(self) -> None:
-        listen = f"--host 127.0.0.1 --port {self.http} --fleet-api-address 127.0.0.1:{self.fleet}"
-        health = f"--health-server-address 127.0.0.1:{self.health}"
-        options = f"--insecure --fleet-api-type grpc-rere {listen} {health} --disable-runtime-dependency-installation"
-        self._spawn("superlink", "flower-superlink", *options.split())
-        self._wait_for("superlink", self.fleet)
-        self._wait_for("superlink", self.http)
-        home = self._home("run")
-        config = f'[superlink.{NAME}]\naddress = "127.0.0.1:{self.http}"\ninsecure = true\n'
-        (home / "config.toml").write_text(config)
+    def start(self, name: str) -> None:
+        """Starts the process, or starts it again; returns when the SuperLink listens, or a SuperNode's key is taken.
 
-    def start_node(self, number: int) -> None:
-        """Starts SuperNode `number`, or starts it again."""
-        config = " ".join(f"{key}={json.dumps(value)}" for key, value in self.nodes[number].items())
-        (port,) = free_ports(1)
-        options = f"--insecure --grpc-rere --superlink 127.0.0.1:{self.fleet} --host 127.0.0.1 --port {port}"
-        self._spawn(f"supernode-{number}", "flower-supernode", *options.split(), "--node-config", config)
+        A SuperNode with a key, once killed, exits until the SuperLink has missed it: it is started anew till then.
+        """
+        before = self._let_in(name)
+        self._spawn(name)
+        if name == "superlink":
+            self._wait_for(name, self.fleet)
+            self._wait_for(name, self.http)
+        elif self.tls and name.startswith("supernode"):
+            self._insist(name, before)
 
-    def kill_node(self, number: int) -> None:
-        """Kills SuperNode `number` and its children at once, as a power cut would."""
-        name = f"supernode-{number}"
+    def _insist(self, name: str, before: int) -> None:
+        end = time.monotonic() + RETURN_SECONDS
+        while self._let_in(name) == before:
+            if time.monotonic() > end:
+                raise TimeoutError(f"{name} was not let in within {RETURN_SECONDS:g} s: see {self.folder / name}.log")
+            if self.processes[name].poll() is not None:
+                self._spawn(name)
+            time.sleep(0.5)
+
+    def _let_in(self, name: str) -> int:
+        """How often a SuperNode has been."""
+        log = self.folder / f"{name}.log"
+        return log.read_text(errors="replace").count(LET_IN) if log.exists() else 0
+
+    def kill(self, name: str) -> None:
+        """Kills the process, and what it started, at once, as `kill -9` would."""
         kill_marked(self._mark(name))
         self.processes.pop(name).wait()
+
+    def kill_apps(self, name: str) -> None:
+        """Kills at once what the process has started, such as an executor's apps, and leaves it alone."""
+        for process in psutil.Process(self.processes[name].pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def start_node(self, number: int) -> None:
+        """Starts SuperNode `number` again, and its executor where it has one."""
+        for name in self._site(number):
+            self.start(name)
+
+    def kill_node(self, number: int) -> None:
+        """Kills SuperNode `number`, its executor and their children at once, as a power cut would."""
+        for name in self._site(number):
+            self.kill(name)
+
+    def _site(self, number: int) -> list[str]:
+        return [f"supernode-{number}", *self._executor(f"-{number}")]
+
+    def _executor(self, of: str) -> list[str]:
+        return [f"superexec{of}"] if self.isolated else []
+
+    def _introduce(self) -> None:
+        """Tells `flwr` where the SuperLink is, and the SuperLink whose keys to take."""
+        trust = f"root-certificates = {json.dumps(str(self._certificate('ca.crt')))}" if self.tls else "insecure = true"
+        config = f'[superlink.{NAME}]\naddress = "127.0.0.1:{self.http}"\n{trust}\n'
+        (self._home("run") / "config.toml").write_text(config)
+        for number in range(len(self.nodes) if self.tls else 0):
+            key = self._certificate(f"keys/site-{number}.pub")
+            self._flwr("supernode", "register", str(key), NAME, "--name", f"site-{number}")
+
+    def _command(self, name: str) -> list[str]:
+        """What runs under this name."""
+        kind, _, number = name.partition("-")
+        if kind == "superexec":
+            return self._superexec(f"supernode-{number}" if number else "superlink")
+        return self._supernode(int(number)) if number else self._superlink()
+
+    def _superlink(self) -> list[str]:
+        listen = f"--host 127.0.0.1 --port {self.http} --fleet-api-address 127.0.0.1:{self.fleet}"
+        health = f"--health-server-address 127.0.0.1:{self.health}"
+        options = f"--fleet-api-type grpc-rere {listen} {health} --disable-runtime-dependency-installation".split()
+        state = ["--database", "state.db"] if self.isolated else []
+        return ["flower-superlink", *options, *self._server_tls(), *state, *self._isolation("superlink")]
+
+    def _supernode(self, number: int) -> list[str]:
+        config = " ".join(f"{key}={json.dumps(value)}" for key, value in self.nodes[number].items())
+        listen = f"--host 127.0.0.1 --port {self.ports[number]}"
+        options = f"--grpc-rere --superlink 127.0.0.1:{self.fleet} {listen}".split()
+        secured = [*self._trust(), *self._key(number), *self._isolation(f"supernode-{number}")]
+        return ["flower-supernode", *options, *secured, "--node-config", config]
+
+    def _superexec(self, beside: str) -> list[str]:
+        """The executor of the apps of that SuperLink or SuperNode."""
+        number = beside.partition("-")[2]
+        address = f"127.0.0.1:{self.ports[int(number)] if number else self.http}"
+        trust = ["--insecure"] if number else self._trust()
+        return ["flower-superexec", "--runtime-api-address", address, *trust, *self._secret(beside)]
+
+    def _server_tls(self) -> list[str]:
+        if not self.tls:
+            return ["--insecure"]
+        files = {"--ssl-ca-certfile": "ca.crt", "--ssl-certfile": "server.crt", "--ssl-keyfile": "server.key"}
+        named = [word for option, file in files.items() for word in (option, str(self._certificate(file)))]
+        return ["--enable-supernode-auth", *named]
+
+    def _trust(self) -> list[str]:
+        """By what a client knows the SuperLink."""
+        return ["--root-certificates", str(self._certificate("ca.crt"))] if self.tls else ["--insecure"]
+
+    def _key(self, number: int) -> list[str]:
+        """By what the SuperLink knows a client."""
+        return ["--auth-supernode-private-key", str(self._certificate(f"keys/site-{number}"))] if self.tls else []
+
+    def _certificate(self, name: str) -> Path:
+        assert self.tls is not None
+        if not (path := self.tls.resolve() / name).exists():
+            raise FileNotFoundError(f"{path} is missing: deploy/certs.sh -d {self.tls} -n {len(self.nodes)} makes it")
+        return path
+
+    def _isolation(self, name: str) -> list[str]:
+        return ["--isolation", "process", *self._secret(name)] if self.isolated else []
+
+    def _secret(self, name: str) -> list[str]:
+        """The option that names the file of the secret which this process and its executor share."""
+        path = self.folder / "secrets" / name
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            path.touch(mode=0o600)
+            path.write_bytes(secrets.token_bytes(32))
+        return ["--superexec-auth-secret-file", str(path)]
 
     def run(self, app: Path, config: Mapping[str, Any], timeout: float = 600) -> dict[str, Any]:
         """Runs the app in folder `app` to its end; what `flwr ls` then says of the run.
@@ -153,7 +272,8 @@ class LocalFederation:
         for process in self.processes.values():
             process.wait()
 
-    def _spawn(self, name: str, program: str, *arguments: str) -> None:
+    def _spawn(self, name: str) -> None:
+        program, *arguments = self._command(name)
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [BIN / program, *arguments],
@@ -167,7 +287,7 @@ class LocalFederation:
 
     def _environment(self, name: str) -> dict[str, str]:
         path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])
-        share = {"OMP_NUM_THREADS": "1"} if name.startswith("supernode") else {}  # nodes share this machine's cores
+        share = {"OMP_NUM_THREADS": "1"} if "-" in name else {}  # nodes share this machine's cores
         own = {"PATH": path, "FLWR_HOME": str(self._home(name)), MARK: self._mark(name)}
         return {**os.environ, **QUIET, **share, **own, **self.environment}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,49 +22,88 @@ from aggregators.core.seed import derive_seed
 from aggregators.core.symmetry import Symmetry
 from aggregators.core.update import GlobalModel, Probe, Tensors
 from client.statistics import unsupported
-from client.task import Task, load, parse, tensors
+from client.task import Node, Task, load, parse, tensors
 from client.training import Training, evaluate
 
 from .admission import Widths
 from .grid import StreamingGrid, Transport
-from .ledger import Ledger
+from .ledger import Ledger, Unwritable
+from .parking import Parked, Parking
 from .settings import Settings, from_run_config
 from .strategy import MergeStrategy
-from .telemetry import Telemetry
+from .telemetry import Telemetry, resuming
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """One run under Flower; a bad configuration ends it, in one line, before any client is woken."""
-    settings = from_run_config(context.run_config)
+    """One run under Flower; a bad configuration ends it, in one line, before any client is woken.
+
+    A signal parks it, and is then left to Flower, which tells the SuperLink and ends the process with 0.
+    """
+    settings, parking = from_run_config(context.run_config), Parking()
     folder = Path(settings.resume or Path(settings.runs_dir) / str(context.run_id)).resolve()
-    federate(settings, StreamingGrid(grid), folder, Telemetry())
+    try:
+        with parking.signals():
+            federate(settings, StreamingGrid(grid), folder, Telemetry(), parking=parking)
+    except Parked as parked:
+        signal.raise_signal(parked.signal)
 
 
 def federate(
-    settings: Settings, transport: Transport, folder: Path, telemetry: Telemetry
+    settings: Settings,
+    transport: Transport,
+    folder: Path,
+    telemetry: Telemetry,
+    *,
+    parking: Parking | None = None,
+    nodes: Sequence[Node] | None = None,
 ) -> tuple[GlobalModel, dict[str, float | None]]:
     """The model after the last round and its evaluation, of a federation over `transport` recorded in `folder`.
 
-    Raises ValueError, in one line, for a configuration that cannot run.
+    `nodes` are the configurations of clients in this process, which are noted, so that it can be resumed. Raises
+    ValueError, in one line, for a configuration that cannot run or a folder in use, Unwritable for one that cannot be
+    written, and Parked when `parking` is told to stop.
     """
     task = _checked_task(settings)
     ledger = Ledger(folder, settings.checkpoints, settings.keep_replies)
-    if settings.resume and ledger.latest() is None:
-        raise ValueError(f"resume = {settings.resume!r}: no finished round there; give a run's folder, or nothing")
+    if settings.resume and not ledger.noted("settings"):
+        raise ValueError(f"resume = {settings.resume!r}: no run there; give a run's folder, or nothing")
     model = global_model(task, settings)
     if "symmetry" in settings.aggregator.needed():
         model = replace(model, symmetry=symmetry(task, model))
     widths = _widths(task, model, settings, telemetry)
-    model = ledger.restore(model, widths is not None)
     _refuse_unless_able(settings.aggregator, task, settings, model)
+    with _ending(telemetry, str(folder)), ledger.held():
+        model = ledger.restore(model, widths is not None)
+        _refuse_unless_able(settings.aggregator, task, settings, model)
+        _note(ledger, settings, nodes)
+        size = sum(tensor.numel() for tensor in model.params.values())
+        rounds = range(model.round + 1, settings.rounds + 1)
+        telemetry.started(settings.aggregator.kind, settings.task, size, rounds, str(folder))
+        parking = parking or Parking()
+        return MergeStrategy(settings.aggregator, transport, settings, ledger, telemetry, widths, parking).run(model)
+
+
+@contextmanager
+def _ending(telemetry: Telemetry, folder: str) -> Iterator[None]:
+    """Says how to go on with a run that ends before its last round."""
+    try:
+        yield
+    except Unwritable as error:
+        remedy = f"mend that (a full disk: make room), then {resuming(folder)}"
+        raise Unwritable(f"{error}: every finished round is whole: {remedy}") from None
+    except Parked:
+        telemetry.parked(folder)
+        raise
+
+
+def _note(ledger: Ledger, settings: Settings, nodes: Sequence[Node] | None) -> None:
+    """Notes what it takes to resume the run."""
     ledger.note("settings", settings.model_dump(mode="json", by_alias=True))
-    size = sum(tensor.numel() for tensor in model.params.values())
-    rounds = range(model.round + 1, settings.rounds + 1)
-    telemetry.started(settings.aggregator.kind, settings.task, size, rounds, str(folder))
-    return MergeStrategy(settings.aggregator, transport, settings, ledger, telemetry, widths).run(model)
+    if nodes is not None:
+        ledger.note("nodes", {"nodes": [dict(node) for node in nodes]})
 
 
 def _checked_task(settings: Settings) -> Task:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,57 +28,141 @@ from .telemetry import one_line
 
 log = logging.getLogger("flwr.fedbasin")
 
+BEGUN = "replies/begun"  # the note of an unfinished round
+UNREADABLE = (SafetensorError, OSError, LookupError, TypeError, ValueError)  # what a damaged file raises
 
-@dataclass(frozen=True)
+
+class Unwritable(OSError):
+    """A file of the ledger could not be written; all that was there before still is."""
+
+
+@dataclass(eq=False)
 class Ledger:
     """A run's folder: `round-0003.safetensors` (θ and memory), `round-0003.json` (the record), `replies/`.
 
-    A round is finished when its record is there; every file appears whole or not at all.
+    A round is finished when its record is there; every file appears whole or not at all, and stays after a power cut.
     """
 
     folder: Path
     checkpoints: int = 2
     keep_replies: bool = True
+    _number: int | None = field(init=False, default=None)  # of the next reply to be kept
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it no other server has the folder; files that a crash left half-written are removed first.
+
+        The lock is the kernel's, which frees it when the process ends, however it does. ValueError, in one line, names
+        the server that has it.
+        """
+        _make(self.folder)
+        with _told(f"lock {self.folder}"):
+            lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._lock(lock)
+            for partial in self.folder.rglob("*.partial"):
+                partial.unlink()
+            yield
+        finally:
+            os.close(lock)
+
+    def _lock(self, lock: int) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = one_line(os.pread(lock, 200, 0).decode(errors="replace")) or "another server"
+            raise ValueError(f"{self.folder} is in use by {holder}: stop it first, or take another folder") from None
+        now = datetime.now().astimezone().isoformat(" ", "seconds")
+        with suppress(OSError):  # a full disk; the lock holds without a name
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()} since {now}".encode(), 0)
 
     def save(self, model: GlobalModel, record: Mapping[str, Any]) -> None:
-        """Writes θ and memory, then the record; then forgets the round's replies and the oldest models."""
+        """Writes θ and memory, then the record with their checksum; then forgets replies and the oldest models."""
         state = {"params": model.params, "memory": model.memory}
         outline = {"outline": json.dumps(_outline(state))}
-        _write(self._model(model.round), _safetensors(dict(_tensors(state)), outline))
-        _write(self._record(model.round), json.dumps(record, indent=1).encode())
+        data = _safetensors(dict(_tensors(state)), outline)
+        _write(self._model(model.round), data)
+        self.note(self._record(model.round).stem, {**record, "sha256": hashlib.sha256(data).hexdigest()})
         self.forget_replies()
-        for old in self._rounds("safetensors")[: -self.checkpoints]:
+        for old in [round for round in self._rounds("safetensors") if round <= model.round][: -self.checkpoints]:
             self._model(old).unlink()
 
     def forget_replies(self) -> None:
         """Drops the kept replies: what they were for is finished."""
         shutil.rmtree(self._replies, ignore_errors=True)
+        self._number = None
 
     def note(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes `name`.json."""
         _write(self.folder / f"{name}.json", json.dumps(content, indent=1).encode())
 
+    def noted(self, name: str) -> dict[str, Any]:
+        """What was noted under that name; empty where nothing was, or where it cannot be read."""
+        try:
+            return dict(json.loads((self.folder / f"{name}.json").read_text()))
+        except UNREADABLE:
+            return {}
+
     def latest(self) -> int | None:
         """The last finished round whose model is kept; None in a new run."""
-        return max(set(self._rounds("safetensors")) & set(self._rounds("json")), default=None)
+        return max(self._finished(), default=None)
+
+    def _finished(self) -> list[int]:
+        return sorted(set(self._rounds("safetensors")) & set(self._rounds("json")))
 
     def restore(self, model: GlobalModel, widths: bool = False) -> GlobalModel:
         """`model` with the latest finished round's parameters, memory and number; itself in a new run.
 
-        ValueError, in one line, for parameters of another network, or, unless `widths`, of other widths.
+        A round whose checkpoint is damaged is passed over, to be repeated. ValueError, in one line, where none can be
+        read, for parameters of another network, or, unless `widths`, of other widths.
         """
-        if (latest := self.latest()) is None:
-            return model
-        with safe_open(self._model(latest), framework="pt", device=str(model.device)) as file:
-            state = _filled(json.loads(file.metadata()["outline"]), file.get_tensor)
-        for fault in _faults(state["params"], model, widths):
-            remedy = "resume it with the task and method that it is of, or start a new run"
-            raise ValueError(f"cannot go on from {self._model(latest)}: {fault}: {remedy}")
-        return replace(model, **state, round=latest)
+        for round in reversed(self._finished()):
+            try:
+                state = self._state(round, str(model.device))
+            except UNREADABLE as error:
+                log.warning("%s is damaged, its round is repeated: %s", self._model(round), one_line(str(error)))
+                continue
+            for fault in _faults(state["params"], model, widths):
+                remedy = "resume it with the task and method that it is of, or start a new run"
+                raise ValueError(f"cannot go on from {self._model(round)}: {fault}: {remedy}")
+            return replace(model, **state, round=round)
+        if max(self._rounds("json"), default=0) > 1:  # else what there is before it is θ_0, which the seed gives
+            raise ValueError(f"no checkpoint in {self.folder} can be read: put one back, or start a new run elsewhere")
+        return model
+
+    def _state(self, round: int, device: str) -> dict[str, Any]:
+        """Params and memory after that round; one of UNREADABLE where they are not what was written."""
+        record, path = dict(json.loads(self._record(round).read_text())), self._model(round)
+        with path.open("rb") as data:
+            if record.get("sha256", found := hashlib.file_digest(data, "sha256").hexdigest()) != found:
+                raise ValueError("its checksum is not the one in the round's record")
+        with safe_open(path, framework="pt", device=device) as file:
+            state: dict[str, Any] = _filled(json.loads(file.metadata()["outline"]), file.get_tensor)
+        return state
 
     def records(self) -> list[dict[str, Any]]:
-        """The records of all finished rounds, in order."""
-        return [json.loads(self._record(round).read_text()) for round in self._rounds("json")]
+        """The records of all finished rounds, in order, without any that is damaged."""
+        records = (self.noted(self._record(round).stem) for round in self._rounds("json"))
+        return [record for record in records if record]
+
+    def begin(self, round: int, cohort: list[int], history: list[str]) -> None:
+        """Notes that a round has begun, with whom, and what happened to it before."""
+        self.note(BEGUN, {"round": round, "cohort": [str(client) for client in cohort], "history": history})
+
+    def cohort(self, round: int) -> set[int]:
+        """The clients with which the round was begun before; none where it was not."""
+        return {int(client) for client in self._begun(round).get("cohort", [])}
+
+    def history(self, round: int) -> list[str]:
+        """Why the round is begun again, a line for each time; empty where it was not begun before."""
+        if begun := self._begun(round):
+            return [*begun["history"], "begun again: the run had stopped in it"]
+        return ["begun again: its checkpoint was damaged"] if self._record(round).exists() else []
+
+    def _begun(self, round: int) -> dict[str, Any]:
+        note = self.noted(BEGUN)
+        return note if note.get("round") == round else {}
 
     def keep(self, round: int, exchange: int, update: ClientUpdate) -> None:
         """Keeps an admitted reply until its round is finished."""
@@ -90,19 +179,21 @@ class Ledger:
             "layout": {field: layout for field, (_, layout) in packed.items()},
         }
         arrays = {field: as_tensor(data) for field, (data, _) in packed.items()}
-        number = len(list(self._replies.glob("*")))
-        name = f"{round:04d}-{exchange:02d}-{number:06d}.safetensors"
+        if self._number is None:
+            self._number = max((int(path.stem.split("-")[2]) + 1 for path in self._kept("*")), default=0)
+        name = f"{round:04d}-{exchange:02d}-{self._number:06d}.safetensors"
         _write(self._replies / name, _safetensors(arrays, {"header": json.dumps(header)}))
+        self._number += 1
 
     def kept(self, round: int, exchange: int) -> Iterator[ClientUpdate]:
         """The replies kept for that exchange, in the order they were admitted.
 
         One that cannot be read is skipped, and those to later exchanges, which stand on it, are forgotten.
         """
-        for path in sorted(self._replies.glob(f"{round:04d}-{exchange:02d}-*.safetensors")):
+        for path in self._kept(f"{round:04d}-{exchange:02d}-*"):
             try:
                 update = _read(path)
-            except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+            except UNREADABLE as error:
                 log.warning("the kept reply %s cannot be read, its client is asked again: %s", path.name, error)
                 for later in self._after(round, exchange):
                     later.unlink()
@@ -116,8 +207,10 @@ class Ledger:
 
     def _after(self, round: int, exchange: int) -> list[Path]:
         """The replies kept for later exchanges of the round."""
-        replies = self._replies.glob(f"{round:04d}-*.safetensors")
-        return [path for path in replies if int(path.name.split("-")[1]) > exchange]
+        return [path for path in self._kept(f"{round:04d}-*") if int(path.stem.split("-")[1]) > exchange]
+
+    def _kept(self, names: str) -> list[Path]:
+        return sorted(self._replies.glob(f"{names}.safetensors"))
 
     @property
     def _replies(self) -> Path:
@@ -125,7 +218,8 @@ class Ledger:
 
     def _rounds(self, kind: str) -> list[int]:
         """The rounds, in order, of which there is a file of that kind."""
-        return sorted(int(path.stem.removeprefix("round-")) for path in self.folder.glob(f"round-*.{kind}"))
+        numbers = (path.stem.removeprefix("round-") for path in self.folder.glob(f"round-*.{kind}"))
+        return sorted(int(number) for number in numbers if number.isdigit())
 
     def _model(self, round: int) -> Path:
         return self.folder / f"round-{round:04d}.safetensors"
@@ -135,14 +229,48 @@ class Ledger:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Writes the file whole or not at all, and waits until it is on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes the file whole or not at all, and waits until it and its name are on disk; Unwritable where that fails."""
+    _make(path.parent)
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with _told(f"write {path}"):
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+
+
+def _make(folder: Path) -> None:
+    """Makes the folder, and its name lasting in the one that it is in; Unwritable where that fails."""
+    if folder.is_dir():
+        return
+    _make(folder.parent)
+    with _told(f"make {folder}"):
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
+
+
+@contextmanager
+def _told(deed: str) -> Iterator[None]:
+    """Says in words, as Unwritable, what the operating system refused to do."""
+    try:
+        yield
+    except OSError as error:
+        raise Unwritable(f"cannot {deed}: {error.strerror or error}") from error
+
+
+def _sync(folder: Path) -> None:
+    """Waits until the names in the folder are on disk: else a power cut may undo a rename."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:

@@ -23,7 +23,8 @@ from client.task import Node, Task
 from .app import federate
 from .grid import Content, Reply
 from .ledger import Ledger
-from .settings import from_run_config
+from .parking import Parking
+from .settings import Settings, from_run_config
 from .telemetry import Telemetry, table
 
 
@@ -80,21 +81,38 @@ def run(
     clients: int = 4,
     nodes: Sequence[Node] | None = None,
     folder: str | Path | None = None,
+    parking: Parking | None = None,
     **settings: Any,
 ) -> Run:
     """A federation of `clients` simulated clients, or of one per node configuration in `nodes`.
 
     `settings` are those of a run (`rounds=5`, `seed=1`, `training={"epochs": 2}`). Checkpoints and records stay in
-    `folder` when it is given. Raises ValueError, in one line, for a configuration that cannot run.
+    `folder` when it is given: see `resume`. Raises ValueError, in one line, for a configuration that cannot run.
     """
-    logging.getLogger("flwr.fedbasin").setLevel(logging.WARNING)  # the clients' own progress
     nodes = nodes or [{"partition-id": part, "num-partitions": clients} for part in range(clients)]
+    config = {"min-clients": len(nodes), **{key.replace("_", "-"): value for key, value in settings.items()}}
+    chosen = from_run_config({**config, "task": _described(task), "aggregator": parse(aggregator)})
     with tempfile.TemporaryDirectory() as temporary:
-        place = Path(folder or temporary).resolve()
-        config = {"min-clients": len(nodes), **{key.replace("_", "-"): value for key, value in settings.items()}}
-        chosen = from_run_config({**config, "task": _described(task), "aggregator": parse(aggregator)})
-        model, evaluation = federate(chosen, Loopback(nodes), place, Telemetry())
-        return Run(model, Ledger(place).records(), evaluation)
+        return _federation(chosen, nodes, Path(folder or temporary).resolve(), parking)
+
+
+def resume(folder: str | Path, parking: Parking | None = None) -> Run:
+    """The rest of a run in this process that stopped before its end, however it did: the same bits as without a stop.
+
+    What clients keep to themselves, private parameters, went with the process, and starts anew, which their log says.
+    Raises ValueError, in one line, where there is no such run.
+    """
+    ledger = Ledger(place := Path(folder).resolve())
+    settings, noted = ledger.noted("settings"), ledger.noted("nodes")
+    if not settings or not noted:
+        raise ValueError(f"{folder}: no run of clients in one process: give the folder that it was started with")
+    return _federation(from_run_config({**settings, "resume": str(place)}), noted["nodes"], place, parking)
+
+
+def _federation(settings: Settings, nodes: Sequence[Node], folder: Path, parking: Parking | None) -> Run:
+    logging.getLogger("flwr.fedbasin").setLevel(logging.WARNING)  # the clients' own progress
+    model, evaluation = federate(settings, Loopback(nodes), folder, Telemetry(), parking=parking, nodes=nodes)
+    return Run(model, Ledger(folder).records(), evaluation)
 
 
 def _described(task: str | Mapping[str, Any] | Task) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -73,3 +74,24 @@ def from_run_config(config: Mapping[str, Any]) -> Settings:
     others = {key: value for key, value in config.items() if not key.startswith(TRAINING)}
     settings: Settings = validated(Settings, {"training": training, **others})
     return settings
+
+
+def to_run_config(settings: Settings) -> dict[str, Any]:
+    """The inverse: flat, of text, numbers and booleans, as Flower has it."""
+    flat = {**settings.model_dump(mode="json", by_alias=True), "aggregator": settings.aggregator.model_dump_json()}
+    training = flat.pop("training")
+    return {**flat, **{f"{TRAINING}{key}": value for key, value in training.items()}}
+
+
+def overrides(config: Mapping[str, Any]) -> str:
+    """The run configuration as `flwr run -c` takes it."""
+    return " ".join(f"{key}={_literal(value)}" for key, value in config.items())
+
+
+def _literal(value: Any) -> str:
+    """The value in TOML, which has no escapes between single quotes: JSON goes there, with its own for a quote."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    if value.startswith("{"):
+        value = value.replace("'", r"\u0027")
+    return f'"{value}"' if "'" in value else f"'{value}'"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -19,7 +20,8 @@ from aggregators.core.update import ClientUpdate, GlobalModel, Merged, Tensors
 
 from .admission import Rejected, Widths, admit, all_finite, resized
 from .grid import Reply, Transport
-from .ledger import Ledger
+from .ledger import Ledger, Unwritable
+from .parking import Parking
 from .settings import Settings
 from .telemetry import ExchangeRecord, RoundRecord, Telemetry, evaluation, finite, one_line
 from .wire import Malformed, decode, encode, forget, nbytes
@@ -32,7 +34,8 @@ class MergeStrategy:
     """Federated rounds of `aggregator`: asks the cohort, admits replies, merges, checkpoints.
 
     A bad reply is left out and named; a round below quorum leaves θ_t standing; neither ends the run. `widths` bounds
-    those of a client that starts from its own model; None where it is to have θ_t's.
+    those of a client that starts from its own model; None where it is to have θ_t's. Told to stop by `parking`, it does
+    so where it waits for clients.
     """
 
     aggregator: Aggregator
@@ -41,14 +44,18 @@ class MergeStrategy:
     ledger: Ledger
     telemetry: Telemetry
     widths: Widths | None = None
+    parking: Parking = field(default_factory=Parking)
     _record: RoundRecord = field(init=False)
+    _online: list[int] = field(init=False, default_factory=list)  # when the round began
     _cohort: list[int] = field(init=False, default_factory=list)
+    _keeping: bool = field(init=False, default=True)  # until a reply of the round could not be kept
     _shapes: dict[int, Tensors] = field(init=False, default_factory=dict)
     _merged: bool = field(init=False, default=False)  # whether any round has
 
     def run(self, model: GlobalModel) -> tuple[GlobalModel, dict[str, float | None]]:
         """The model after the last round, and its evaluation by the clients (empty when nobody evaluated it)."""
-        self._merged = any(record["status"] == "merged" for record in self.ledger.records())
+        past = [record for record in self.ledger.records() if record["round"] <= model.round]
+        self._merged = any(record["status"] == "merged" for record in past)
         for _ in range(model.round, self.settings.rounds):
             model = self._round(model)
         start = time.perf_counter()
@@ -62,9 +69,9 @@ class MergeStrategy:
     def _round(self, before: GlobalModel) -> GlobalModel:
         start = time.perf_counter()
         model = replace(before, round=before.round + 1)
-        record = self._record = RoundRecord(model.round)
+        record = self._record = RoundRecord(model.round, history=self.ledger.history(model.round))
         try:
-            self._cohort = self._sample(model.round)
+            self._begin(model.round)
             model = self._applied(model, run(self.aggregator.round(model), lambda asked: self._ask(asked, model)))
         except LostRound as lost:
             record.status, record.reason = "lost", str(lost)
@@ -89,28 +96,53 @@ class MergeStrategy:
         self._record.metrics = {name: finite(float(value)) for name, value in merged.metrics.items()}
         return replace(model, params=params, memory=merged.memory)
 
+    def _begin(self, round: int) -> None:
+        """Draws the cohort, and notes that the round has begun."""
+        self._online, self._keeping = self._connected(), True
+        self._cohort = self._sample(round)
+        self._keep(self.ledger.begin, round, self._cohort, self._record.history)
+
     def _sample(self, round: int) -> list[int]:
-        """The round's cohort: a fraction of the connected clients, drawn by run seed and round."""
-        nodes = self._connected()
-        size = max(1, self.settings.quorum, round_half_up(self.settings.fraction * len(nodes)))
-        drawn = random.Random(derive_seed(self.settings.seed, round, "cohort"))
-        return sorted(drawn.sample(nodes, min(size, len(nodes))))
+        """The round's cohort: a fraction of the connected clients, drawn by run seed and round.
+
+        A round that was begun before goes on with those of its cohort who are here, and others for the rest.
+        """
+        nodes, before = self._online, self.ledger.cohort(round)
+        size = max(1, self.settings.quorum, len(before) or round_half_up(self.settings.fraction * len(nodes)))
+        here, others = [node for node in nodes if node in before], [node for node in nodes if node not in before]
+        draw = random.Random(derive_seed(self.settings.seed, round, "cohort"))
+        return sorted(here + draw.sample(others, min(max(0, size - len(here)), len(others))))
+
+    def _keep(self, keep: Callable[..., None], *what: Any) -> None:
+        """Keeps it in the ledger; where that cannot be, gives the round's kept replies up, which makes room."""
+        try:
+            if self._keeping:
+                keep(*what)
+        except Unwritable as error:
+            self._keeping = False
+            self.ledger.forget_replies()
+            self.telemetry.unkept(self._record.round, str(error))
+            self._record.history.append(f"its replies were not kept: {error}")
+            with suppress(Unwritable):
+                self.ledger.begin(self._record.round, self._cohort, self._record.history)
 
     def _connected(self) -> list[int]:
         end = time.monotonic() + self.settings.deadline
-        while len(nodes := self.transport.nodes()) < self.settings.min_clients:
-            if time.monotonic() > end:
-                raise LostRound(
-                    f"{len(nodes)} clients connected within {self.settings.deadline:g} s,"
-                    f" min-clients is {self.settings.min_clients}"
-                )
-            time.sleep(WAIT)
-        return nodes
+        while True:
+            with self.parking.waiting():
+                if len(nodes := self.transport.nodes()) >= self.settings.min_clients:
+                    return nodes
+                if time.monotonic() > end:
+                    raise LostRound(
+                        f"{len(nodes)} clients connected within {self.settings.deadline:g} s,"
+                        f" min-clients is {self.settings.min_clients}"
+                    )
+                time.sleep(WAIT)
 
     def _evaluated(self, model: GlobalModel) -> dict[str, float | None]:
         record = self._record = RoundRecord(model.round)
         try:
-            self._cohort = self._connected()
+            self._online = self._cohort = self._connected()
             asked = Exchange(task="evaluate", params=model.params, fold=collect)
             asked.answer(self._ask(asked, model))
         except LostRound as lost:
@@ -131,7 +163,7 @@ class MergeStrategy:
                 continue
             if fresh:
                 with note.timed("keeping"):
-                    self.ledger.keep(model.round, number, update)
+                    self._keep(self.ledger.keep, model.round, number, update)
             with note.timed("folding"):
                 yield update.to(model.device)
             del update
@@ -177,7 +209,7 @@ class MergeStrategy:
         replies = self.transport.ask(exchange.task, counted, cohort, self.settings.deadline, number == 0)
         try:
             while True:
-                with note.timed("waiting"):
+                with note.timed("waiting"), self.parking.waiting():
                     reply = next(replies, None)
                 if reply is None:
                     return
@@ -201,16 +233,30 @@ class MergeStrategy:
     ) -> ClientUpdate | None:
         """The update in a reply, or kept, that may enter the fold; None for one that may not, whose reason is noted."""
         try:
-            update = self._decoded(answer, note) if isinstance(answer, Reply) else answer
+            fresh = isinstance(answer, Reply)
+            update = self._decoded(answer, note) if isinstance(answer, Reply) else self._recovered(answer, model.round)
             with note.timed("admission"):
                 admit(update, exchange, self._expected(update, exchange, model), self.settings.max_examples)
             self._admitted(note, update)
+            if not fresh:
+                note.kept[str(update.client_id)] = "connected" if update.client_id in self._online else "gone"
         except (Rejected, Malformed) as error:
             client, reason = str(answer.client_id), one_line(str(error))
             note.left_out.append({"client": client, "reason": reason})
             self.telemetry.left_out(model.round, client, reason)
             return None
         return update
+
+    def _recovered(self, kept: ClientUpdate, round: int) -> ClientUpdate:
+        """The kept update; Rejected where its client may be back as another, and would be in the fold twice.
+
+        A client without keys has a new id after a restart: by its name it is known again. An exchange that later ones
+        stand on takes no more replies, and keeps those that it has.
+        """
+        unknown = kept.client_id not in self._online and not kept.name
+        if unknown and not self._record.exchanges[1:] and not self.ledger.closed(round, 0):
+            raise Rejected("its kept reply is dropped: it is gone, and without a name may be back under another id")
+        return kept
 
     def _expected(self, update: ClientUpdate, exchange: Exchange[Any], model: GlobalModel) -> GlobalModel:
         """θ_t in the shapes that this client's reply is to have: of what it was sent, or of its own.

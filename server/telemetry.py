@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from statistics import pstdev
 from typing import Any
@@ -20,12 +21,16 @@ LONGEST = 300  # characters of a line about a reply
 
 @dataclass(eq=False)
 class ExchangeRecord:
-    """One exchange: who was asked, who was admitted, who was left out and why, bytes, and seconds per stage."""
+    """One exchange: who was asked, who was admitted, who was left out and why, bytes, and seconds per stage.
+
+    `kept` are the clients whose replies were kept from before the run stopped: each is still `connected`, or `gone`.
+    """
 
     task: str
     asked: int = 0
     admitted: list[str] = field(default_factory=list)
     left_out: list[dict[str, str]] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
     bytes_in: int = 0
     bytes_out: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -46,7 +51,7 @@ class RoundRecord:
     """One round: what became of it, its exchanges, the method's metrics, and evaluations.
 
     `received` is the clients' evaluation of the model that the round started from, as each received it; `test` the
-    server's, on its held-out data, of the model that it ended with.
+    server's, on its held-out data, of the model that it ended with. `history` tells, in a line each, what disturbed it.
     """
 
     round: int
@@ -56,6 +61,7 @@ class RoundRecord:
     metrics: dict[str, float | None] = field(default_factory=dict)
     received: dict[str, float | None] = field(default_factory=dict)
     test: dict[str, float | None] = field(default_factory=dict)
+    history: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -107,6 +113,11 @@ def one_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:LONGEST]
 
 
+def resuming(folder: str) -> str:
+    """The command that goes on with a run."""
+    return f"fedbasin resume {shlex.quote(folder)}"
+
+
 def console_for_output() -> Console:
     """A console as wide as the terminal, or 120 columns where there is none."""
     console = Console()
@@ -155,6 +166,14 @@ class Telemetry:
         """A reply may not enter the fold."""
         self._say(f"round {round}: client {client} left out: {reason}", style="yellow")
 
+    def unkept(self, round: int, reason: str) -> None:
+        """A reply could not be kept: the round goes on without keeping any."""
+        self._say(f"round {round}: goes on, but would be asked anew after a crash: {reason}", style="yellow")
+
+    def parked(self, folder: str) -> None:
+        """The run stops before its end, because it was told to."""
+        self._say(f"parked, nothing is lost; to go on: {resuming(folder)}")
+
     def finished(self, record: RoundRecord) -> None:
         """A round is over."""
         stages: dict[str, float] = {}
@@ -164,6 +183,10 @@ class Telemetry:
         times = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in stages.items())
         outcome = record.status if not record.reason else f"{record.status}: {record.reason}"
         self._say(f"round {record.round} {outcome}; {_volume(record)}; {record.seconds:.2f} s ({times})")
+        for line in record.history:
+            self._say(f"  {line}")
+        if kept := [state for exchange in record.exchanges for state in exchange.kept.values()]:
+            self._say(f"  {len(kept)} replies were kept from before, {kept.count('gone')} of them of clients now gone")
         if record.received:
             model = f"the model of round {record.round - 1}, as each received it"
             self._say(f"  clients on {model}: {_shown(record.received)}")
@@ -175,7 +198,8 @@ class Telemetry:
         self.console.print(table(records, final))
 
     def _say(self, text: str, style: str | None = None) -> None:
-        self.console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        with suppress(OSError):  # a full disk under the log ends no run
+            self.console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def _volume(record: RoundRecord) -> str:

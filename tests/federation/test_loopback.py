@@ -2,6 +2,11 @@
 
 import json
 import logging
+import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -164,8 +169,118 @@ def test_a_run_resumed_after_two_rounds_gives_the_bits_of_one_that_went_through(
     rest = loopback.run(Line(), method, rounds=4, folder=tmp_path, resume=str(tmp_path))
     assert same(rest, whole)
     assert [record["round"] for record in rest.records] == [1, 2, 3, 4]
-    left = {path.name for path in tmp_path.iterdir()} - {"evaluation.json", "settings.json"}
+    left = {path.name for path in tmp_path.iterdir()} - {"evaluation.json", "settings.json", "nodes.json", "lock"}
     assert left == {f"round-{n:04d}.json" for n in (1, 2, 3, 4)} | {f"round-{n:04d}.safetensors" for n in (3, 4)}
+
+
+class Crash(BaseException):
+    """The process dies."""
+
+
+@pytest.fixture
+def crashes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many replies more each process makes before it dies, the last one first; none: it lives."""
+    planned: list[int] = []
+    respond = loopback.respond
+
+    def dying(*args: Any) -> Any:
+        if planned:
+            planned[-1] -= 1
+            if planned[-1] < 0:
+                planned.pop()
+                raise Crash
+        return respond(*args)
+
+    monkeypatch.setattr(loopback, "respond", dying)
+    return planned
+
+
+MOMENTUM = {"kind": "fedavgm", "inner": "fedavg"}
+NAMED = [{"partition-id": part, "name": f"site-{part}"} for part in (2, 0, 1)]
+
+
+@pytest.mark.parametrize("reply", range(7))
+def test_a_run_that_crashed_at_any_reply_is_resumed_from_its_folder_alone_with_the_same_bits(
+    reply: int, tmp_path: Path, crashes: list[int]
+) -> None:
+    settings: dict[str, Any] = {"nodes": NAMED, "seed": 3, "quorum": 3, "evaluate": False, **QUICK}
+    whole = loopback.run(Line(), MOMENTUM, **settings)
+    crashes.append(reply)
+    if reply < 6:
+        with pytest.raises(Crash):
+            loopback.run(Line(), MOMENTUM, folder=tmp_path, **settings)
+    else:
+        loopback.run(Line(), MOMENTUM, folder=tmp_path, **settings)
+    again = loopback.resume(tmp_path)
+    assert same(again, whole)
+    assert [record["status"] for record in again.records] == ["merged", "merged"]
+
+
+def test_a_hundred_rounds_with_crashes_at_random_replies_give_the_same_bits(tmp_path: Path, crashes: list[int]) -> None:
+    settings: dict[str, Any] = {"nodes": NAMED, "rounds": 100, "evaluate": False, "training": {"batch_size": 40}}
+    whole = loopback.run(Line(), MOMENTUM, **settings)
+    draw = random.Random(6)
+    crashes += [draw.randrange(25) for _ in range(20)]
+    planned = len(crashes)
+    with pytest.raises(Crash):
+        loopback.run(Line(), MOMENTUM, folder=tmp_path, **settings)
+    while crashes:
+        with pytest.raises(Crash):
+            loopback.resume(tmp_path)
+    again = loopback.resume(tmp_path)
+    assert same(again, whole)
+    assert [record["round"] for record in again.records] == list(range(1, 101))
+    assert sum(len(record["history"]) for record in again.records) == planned
+
+
+def test_a_folder_of_no_run_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]*no run of clients in one process"):
+        loopback.resume(tmp_path)
+
+
+FEDBASIN = [sys.executable, "-c", "from server.cli import app; app()"]
+LONG = ["--rounds", "12", "--clients", "2", "--task", '{"kind": "digits", "partition": "iid"}']
+
+
+def simulated(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    command = [*FEDBASIN, *(arguments or ("simulate", *LONG, "--folder", str(folder)))]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The last model of a process that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    with simulated(folder) as process:
+        assert process.communicate(timeout=60)[1] == ""
+    return (folder / "round-0012.safetensors").read_bytes()
+
+
+def until(found: Path) -> None:
+    end = time.monotonic() + 60
+    while not found.exists():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_was_stopped_is_resumed_by_another_with_the_same_bits(
+    number: int, undisturbed: bytes, tmp_path: Path
+) -> None:
+    with simulated(tmp_path) as stopped:
+        until(tmp_path / "round-0002.json")
+        stopped.send_signal(number)
+        said, _ = stopped.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert stopped.returncode == -signal.SIGKILL
+    else:
+        assert stopped.returncode == 0
+        assert said.splitlines()[-1] == f"parked, nothing is lost; to go on: fedbasin resume {tmp_path}"
+    assert not (tmp_path / "evaluation.json").exists()
+    with simulated(tmp_path, "resume", str(tmp_path)) as again:
+        assert again.communicate(timeout=60)[1] == ""
+    assert (tmp_path / "round-0012.safetensors").read_bytes() == undisturbed
 
 
 class Asleep:
@@ -200,7 +315,7 @@ LINE = f"{__name__}:Line"
         ({"training.learning_rate": -1.0}, "training: learning_rate = -1.0: input should be greater than 0"),
         ({"task": LINE, "aggregator": "fisher"}, "Line.num_classes is None"),
         ({"aggregator": '{"kind": "norm_clip", "inner": "fedavg"}', "start": "own"}, "start = 'own' must be 'shared'"),
-        ({"resume": "nowhere"}, "resume = 'nowhere': no finished round there"),
+        ({"resume": "nowhere"}, "resume = 'nowhere': no run there"),
         ({"device": "warp"}, "device = 'warp': not a device of this machine"),
     ],
     ids=str,

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import signal
+import subprocess
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from flwr.common.config import parse_config_args
 from rich.cells import cell_len
 from torch import Tensor, nn
 from toys import EVERYTHING, clients
@@ -20,8 +25,11 @@ from aggregators.core.registry import methods
 from aggregators.core.symmetry import Symmetry
 from aggregators.core.update import GlobalModel
 from client.task import Examples, Node, Task
+from server import loopback
 from server.catalogue import answered, describe, example, upload
 from server.cli import app
+from server.ledger import Ledger
+from server.settings import from_run_config
 
 every_kind = pytest.mark.parametrize("kind", methods())
 
@@ -242,3 +250,90 @@ def test_what_has_no_groups_to_show_is_refused_with_the_reason(task: str, reason
 def test_a_federation_is_simulated() -> None:
     said = printed("simulate", "--rounds", "1", "--clients", "2")
     assert "round 1: train, asking 2 clients" in said
+
+
+# --- a run that stopped before its end ------------------------------------------------------------------------------
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, folder: Path, reply: int) -> str:
+    """What is printed of a simulation to which a signal comes in the n-th reply."""
+    respond, replies = loopback.respond, iter(range(1, 99))
+
+    def answer(*args: Any) -> Any:
+        if next(replies) == reply:
+            signal.raise_signal(signal.SIGTERM)
+        return respond(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loopback, "respond", answer)
+        return printed("simulate", "--rounds", "2", "--clients", "2", "--folder", str(folder))
+
+
+def test_a_simulation_that_was_parked_exits_with_0_and_says_how_to_go_on_and_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed("simulate", "--rounds", "2", "--clients", "2", "--folder", str(tmp_path / "a"))
+    said = interrupted(monkeypatch, tmp_path / "b", reply=4)
+    assert f"parked, nothing is lost; to go on: fedbasin resume {tmp_path / 'b'}" in said
+    assert Ledger(tmp_path / "b").latest() == 1
+    assert "fedavg on digits: 8,970 parameters, rounds 2 to 2" in printed("resume", str(tmp_path / "b"))
+    model = "round-0002.safetensors"
+    assert (tmp_path / "a" / model).read_bytes() == (tmp_path / "b" / model).read_bytes()
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    assert "no run of clients in one process" in printed("resume", str(tmp_path), code=2)
+
+
+def test_a_folder_that_another_server_has_is_refused(tmp_path: Path) -> None:
+    with Ledger(tmp_path).held():
+        said = printed("simulate", "--rounds", "1", "--folder", str(tmp_path), code=2)
+    assert "is in use by process" in said
+
+
+def test_a_folder_that_cannot_be_written_is_said_in_a_line_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    said = CliRunner().invoke(app, ["simulate", "--rounds", "1", "--folder", str(tmp_path / "runs" / "7")])
+    assert said.exit_code == 1
+    (line,) = said.stderr.splitlines()
+    assert line.startswith(f"cannot make {tmp_path / 'runs'}: File exists: every finished round is whole: mend that")
+    assert line.endswith(f"then fedbasin resume {tmp_path / 'runs' / '7'}")
+
+
+@pytest.fixture
+def under_flower(tmp_path: Path) -> Path:
+    """The folder of a run under Flower."""
+    settings = from_run_config({"rounds": 9, "aggregator": "fisher", "training.epochs": 2, "device": "cpu"})
+    Ledger(tmp_path).note("settings", settings.model_dump(mode="json", by_alias=True))
+    return tmp_path
+
+
+def resumed(command: list[str], folder: Path) -> bool:
+    """Whether the command begins a run of the same settings that goes on with the folder."""
+    config = parse_config_args([command[command.index("-c") + 1]])
+    expected = {"rounds": 9, "aggregator": "fisher", "training.epochs": 2, "device": "cpu", "resume": str(folder)}
+    return from_run_config(config) == from_run_config(expected)
+
+
+def test_a_run_under_flower_is_resumed_by_a_command_that_is_printed(under_flower: Path) -> None:
+    said = CliRunner().invoke(app, ["resume", str(under_flower)]).output
+    command = shlex.split(said.splitlines()[-1])
+    assert command[:4] == ["flwr", "run", ".", "FEDERATION"]
+    assert resumed(command, under_flower)
+
+
+def test_a_run_under_flower_is_resumed_as_a_new_run_of_the_federation_that_is_named(
+    under_flower: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def ran(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        commands.append([str(part) for part in command])
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", ran)
+    printed("resume", str(under_flower), "site", "--app", "/apps/ours", code=3)
+    (command,) = commands
+    assert command[0].endswith("/flwr")
+    assert command[1:4] == ["run", "/apps/ours", "site"]
+    assert resumed(command, under_flower)

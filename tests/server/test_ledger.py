@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import pickle
-from collections.abc import Iterator
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,7 @@ from toys import fingerprint
 
 import server.ledger
 from aggregators.core.update import ClientUpdate, GlobalModel, Moments
-from server.ledger import Ledger
+from server.ledger import Ledger, Unwritable
 
 MODEL = toys.global_model()
 MEMORY: dict[str, Any] = {
@@ -172,6 +176,8 @@ def test_notes_stand_beside_the_rounds_and_are_none(tmp_path: Path) -> None:
     ledger = saved(tmp_path, 1)
     ledger.note("settings", {"rounds": 3})
     ledger.note("v1.2", {"rounds": 4})
+    assert ledger.noted("settings") == {"rounds": 3}
+    assert ledger.noted("v1") == {}
     assert json.loads((tmp_path / "settings.json").read_text()) == {"rounds": 3}
     assert json.loads((tmp_path / "v1.2.json").read_text()) == {"rounds": 4}
     assert len(ledger.records()) == 1
@@ -242,6 +248,180 @@ def test_files_of_one_round_do_not_share_a_partial_file(tmp_path: Path, monkeypa
     assert all(name.endswith(".partial") for name in partials)
 
 
+def test_every_rename_is_on_disk_before_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file, its new name, the name in its folder; and the folder's own name where that is new."""
+    steps, sync, put = [], os.fsync, os.replace
+
+    def synced(file: int) -> None:
+        steps.append("folder" if stat.S_ISDIR(os.fstat(file).st_mode) else "file")
+        sync(file)
+
+    def replaced(partial: Path, path: Path) -> None:
+        steps.append("rename")
+        put(partial, path)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    Ledger(tmp_path / "runs" / "7").save(after(1), {})
+    assert steps == ["folder", "folder", *["file", "rename", "folder"] * 2]
+
+
+def test_what_a_crash_left_half_written_is_removed_at_the_next_start(tmp_path: Path) -> None:
+    ledger = saved(tmp_path, 1)
+    ledger.keep(2, 0, UPDATES[0])
+    for name in ("round-0002.safetensors", "round-0002.json", "replies/0002-00-000001.safetensors"):
+        (tmp_path / f"{name}.partial").write_bytes(b"half")
+    assert ledger.latest() == 1
+    assert len(list(ledger.kept(2, 0))) == 1
+    with ledger.held():
+        assert [name for name in files(tmp_path) if name.endswith(".partial")] == []
+        assert len(list(ledger.kept(2, 0))) == 1
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------
+
+Damage = Callable[[bytes], bytes]
+DAMAGES: dict[str, tuple[str, Damage]] = {
+    "half a model": ("safetensors", lambda data: data[: len(data) // 2]),
+    "no model": ("safetensors", lambda data: b""),
+    "another format": ("safetensors", lambda data: b"PK" + data[2:]),
+    "one bit of a tensor": ("safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+    "half a record": ("json", lambda data: data[: len(data) // 2]),
+    "a record of another kind": ("json", lambda data: b"3"),
+}
+
+
+def damaged(ledger: Ledger, round: int, how: str) -> None:
+    kind, damage = DAMAGES[how]
+    path = ledger.folder / f"round-{round:04d}.{kind}"
+    path.write_bytes(damage(path.read_bytes()))
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_with_a_line(
+    tmp_path: Path, warned: list[str], how: str
+) -> None:
+    ledger = saved(tmp_path, 3)
+    damaged(ledger, 3, how)
+    restored = ledger.restore(MODEL)
+    assert restored.round == 2
+    assert fingerprint(restored.params) == fingerprint(after(2).params)
+    (line,) = warned
+    assert "round-0003.safetensors is damaged, its round is repeated: " in line
+    assert ledger.history(3) == ["begun again: its checkpoint was damaged"]
+    assert ledger.history(4) == []
+    ledger.save(after(3), {"round": 3})
+    assert ledger.restore(MODEL).round == 3
+
+
+def test_before_a_damaged_first_checkpoint_is_the_model_that_the_run_began_with(tmp_path: Path) -> None:
+    ledger = saved(tmp_path, 1)
+    damaged(ledger, 1, "no model")
+    assert ledger.restore(MODEL) is MODEL
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_run_without_any_checkpoint_that_can_be_read_does_not_start_anew(tmp_path: Path, lost: bool) -> None:
+    ledger = saved(tmp_path, 3)
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink() if lost else path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"^no checkpoint in [^\n]+ can be read: put one back, or start a new run"):
+        ledger.restore(MODEL)
+
+
+def test_a_damaged_record_is_left_out_of_the_records(tmp_path: Path) -> None:
+    ledger = saved(tmp_path, 3)
+    damaged(ledger, 2, "half a record")
+    assert [record["round"] for record in ledger.records()] == [1, 3]
+
+
+def test_a_damaged_checkpoint_is_none_of_the_newest_that_are_kept(tmp_path: Path) -> None:
+    """The run goes on from round 2, and keeps one checkpoint from now on."""
+    ledger = saved(tmp_path, 3)
+    damaged(ledger, 3, "no model")
+    again = Ledger(tmp_path, checkpoints=1)
+    again.save(after(2), {"round": 2})
+    assert again.restore(MODEL).round == 2
+
+
+def test_a_file_that_someone_copied_beside_is_no_round(tmp_path: Path) -> None:
+    ledger = saved(tmp_path, 1)
+    (tmp_path / "round-0001 (copy).json").write_bytes((tmp_path / "round-0001.json").read_bytes())
+    assert ledger.latest() == 1
+    assert len(ledger.records()) == 1
+
+
+# --- one server at a time -------------------------------------------------------------------------------------------
+
+
+def test_a_second_server_is_refused_in_one_line_that_names_the_folder_and_who_holds_it(tmp_path: Path) -> None:
+    with Ledger(tmp_path).held(), pytest.raises(ValueError, match=r"^[^\n]+$") as refused, Ledger(tmp_path).held():
+        raise AssertionError("two servers")
+    assert f"{tmp_path} is in use by process {os.getpid()} on " in str(refused.value)
+    with Ledger(tmp_path).held():
+        assert Ledger(tmp_path).latest() is None
+
+
+def test_a_refused_server_touches_nothing(tmp_path: Path) -> None:
+    with Ledger(tmp_path).held():
+        (tmp_path / "round-0001.json.partial").write_bytes(b"being written")
+        with pytest.raises(ValueError, match="is in use"), Ledger(tmp_path).held():
+            pass
+        assert (tmp_path / "round-0001.json.partial").read_bytes() == b"being written"
+
+
+HOLD = "import sys, time; from pathlib import Path; from server.ledger import Ledger\n"
+HOLD += "with Ledger(Path(sys.argv[1])).held(): print('held', flush=True); time.sleep(60)"
+
+
+def test_the_folder_of_a_killed_server_is_free_at_once(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == "held\n"
+            with pytest.raises(ValueError, match=f"in use by process {server.pid} "), Ledger(tmp_path).held():
+                pass
+        finally:
+            server.kill()
+    with Ledger(tmp_path).held():
+        assert f"process {os.getpid()} " in (tmp_path / "lock").read_text()
+
+
+# --- a full disk ----------------------------------------------------------------------------------------------------
+
+
+def full_at(monkeypatch: pytest.MonkeyPatch, *writes: int) -> None:
+    """No room is left for those files, by their number."""
+    sync, count = os.fsync, iter(range(1, 999))
+
+    def syncing(file: int) -> None:
+        if not stat.S_ISDIR(os.fstat(file).st_mode) and next(count) in writes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+
+
+@pytest.mark.parametrize("write", [1, 2])
+def test_a_full_disk_is_said_in_words_and_leaves_the_finished_rounds_and_the_replies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int
+) -> None:
+    ledger = saved(tmp_path, 2)
+    ledger.keep(3, 0, UPDATES[0])
+    full_at(monkeypatch, write)
+    with pytest.raises(Unwritable, match=r"^cannot write \S+round-0003\.\w+: No space left on device$"):
+        ledger.save(after(3), {"round": 3})
+    assert ledger.restore(MODEL).round == 2
+    assert [update.client_id for update in ledger.kept(3, 0)] == [UPDATES[0].client_id]
+    assert [name for name in files(tmp_path) if name.endswith(".partial")] == []
+
+
+def test_a_folder_that_cannot_be_made_is_said_in_words(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(Unwritable, match=r"^cannot make \S+runs: File exists$"), Ledger(tmp_path / "runs" / "7").held():
+        pass
+
+
 # --- replies --------------------------------------------------------------------------------------------------------
 
 UPDATES = toys.updates(MODEL, toys.EVERYTHING)
@@ -260,6 +440,45 @@ def test_more_than_ten_replies_keep_their_order(tmp_path: Path) -> None:
     for client in reversed(cohort):
         ledger.keep(1, 0, ClientUpdate(client_id=client.client_id, num_examples=1))
     assert [update.client_id for update in ledger.kept(1, 0)] == list(range(12, 0, -1))
+
+
+def test_a_reply_is_kept_without_looking_at_those_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, looks, glob = Ledger(tmp_path), [], Path.glob
+
+    def looking(folder: Path, pattern: str) -> Iterator[Path]:
+        looks.append(pattern)
+        return iter(list(glob(folder, pattern)))
+
+    monkeypatch.setattr(Path, "glob", looking)
+    for number in range(20):
+        ledger.keep(1, 0, ClientUpdate(client_id=number, num_examples=1))
+    assert len(looks) == 1
+
+
+def test_replies_kept_after_a_restart_come_after_those_before(tmp_path: Path) -> None:
+    for number in (3, 2, 1):
+        Ledger(tmp_path).keep(1, 0, ClientUpdate(client_id=number, num_examples=1))
+    assert [update.client_id for update in Ledger(tmp_path).kept(1, 0)] == [3, 2, 1]
+
+
+def test_replies_are_numbered_anew_in_every_round(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for round in (1, 2):
+        ledger.keep(round, 0, UPDATES[0])
+        assert (tmp_path / "replies" / f"{round:04d}-00-000000.safetensors").exists()
+        ledger.save(after(round), {"round": round})
+
+
+def test_a_round_that_was_begun_knows_its_cohort_and_its_history(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    assert (ledger.cohort(1), ledger.history(1)) == (set(), [])
+    ledger.begin(1, [2**64 - 1, 7], [])
+    assert ledger.cohort(1) == {2**64 - 1, 7}
+    assert (ledger.cohort(2), ledger.history(2)) == (set(), [])
+    ledger.begin(1, [7], ledger.history(1))
+    assert ledger.history(1) == ["begun again: the run had stopped in it"] * 2
+    ledger.save(after(1), {"round": 1})
+    assert ledger.cohort(1) == set()
 
 
 def test_an_update_of_empty_and_odd_tensors_is_kept(tmp_path: Path) -> None:

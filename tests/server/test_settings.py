@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.common.config import parse_config_args
 from pydantic import ValidationError
 
 from aggregators.core.registry import parse
@@ -17,7 +18,7 @@ from client.tasks import SHIPPED
 from client.training import Training
 from server.app import federate
 from server.grid import Content, Reply
-from server.settings import Settings, from_run_config
+from server.settings import Settings, from_run_config, overrides, to_run_config
 from server.telemetry import Telemetry
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
@@ -88,6 +89,17 @@ def test_settings_survive_their_own_json() -> None:
         {**RUN_CONFIG, "aggregator": '{"kind": "norm_clip", "inner": "median", "max_norm": 2.0}'}
     )
     assert from_run_config(json.loads(json.dumps(settings.model_dump(mode="json", by_alias=True)))) == settings
+
+
+def test_settings_survive_flowers_command_line() -> None:
+    """Which has no escapes: quotes within JSON and within a path go through all the same."""
+    config = {**RUN_CONFIG, "aggregator": '{"kind": "fedavgm", "inner": "fisher", "momentum": 0.5}', "device": "cpu"}
+    task = {"kind": "it's.a:Task", "text": "both \" and '"}
+    settings = from_run_config({**config, "task": json.dumps(task), "resume": "/runs/it's/7"})
+    parsed = parse_config_args([overrides(to_run_config(settings))])
+    assert from_run_config(parsed).model_copy(update={"task": ""}) == settings.model_copy(update={"task": ""})
+    assert json.loads(parsed["task"]) == task
+    assert {key: type(value) for key, value in parsed.items()} == {key: type(RUN_CONFIG[key]) for key in parsed}
 
 
 def test_the_automatic_device_is_one_of_this_machine() -> None:
@@ -266,6 +278,6 @@ def test_a_method_that_needs_data_on_the_server_is_refused_where_the_task_has_no
     assert line.startswith("aggregator = 'server_toys:Probing': it needs held-out data on the server: task")
 
 
-def test_a_folder_without_a_finished_round_cannot_be_resumed(tmp_path: Path) -> None:
+def test_a_folder_in_which_no_run_was_begun_cannot_be_resumed(tmp_path: Path) -> None:
     line = unable(tmp_path / "run", resume=str(tmp_path / "run"))
-    assert line.startswith(f"resume = '{tmp_path / 'run'}': no finished round there")
+    assert line.startswith(f"resume = '{tmp_path / 'run'}': no run there")

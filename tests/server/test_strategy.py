@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
+import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -37,6 +39,7 @@ from aggregators.core.exchange import Exchange, Fold, Round, collect
 from aggregators.core.update import ClientUpdate, GlobalModel, Merged, Moments, Request
 from client import wire
 from server.grid import Content, Reply
+from server.ledger import Unwritable
 from server.strategy import MergeStrategy, round_half_up
 from server.wire import decode
 
@@ -748,6 +751,171 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
     model, _ = again.run(again.ledger.restore(MODEL))
     assert transport.asked == []
     assert fingerprint(model.params) == fingerprint(first.params)
+
+
+def test_the_record_says_that_a_round_was_begun_again_and_whose_replies_were_kept(tmp_path: Path) -> None:
+    for crash_after in (2, 1):
+        with pytest.raises(Crash):
+            rounds(tmp_path, hall(COHORT, crash_after=crash_after), rounds=2)
+    run = strategy("fedavg", hall(COHORT), tmp_path, rounds=2)
+    run.run(MODEL)
+    first, second = records(tmp_path)
+    assert first["history"] == ["begun again: the run had stopped in it"] * 2
+    assert first["exchanges"][0]["kept"] == {"1": "connected", "2": "connected", "3": "connected"}
+    assert (second["history"], second["exchanges"][0]["kept"]) == ([], {})
+    assert "  3 replies were kept from before, 0 of them of clients now gone" in said(run).splitlines()
+
+
+def test_a_round_whose_checkpoint_was_damaged_is_repeated_and_the_record_says_so(tmp_path: Path) -> None:
+    straight = rounds(tmp_path / "a", hall(COHORT), TWO, rounds=3)
+    rounds(tmp_path / "b", hall(COHORT), TWO, rounds=2)
+    (tmp_path / "b" / "round-0002.safetensors").write_bytes(b"")
+    again = strategy(TWO, hall(COHORT), tmp_path / "b", rounds=3)
+    model, _ = again.run(again.ledger.restore(MODEL))
+    assert [record["history"] for record in records(tmp_path / "b")] == [
+        [],
+        ["begun again: its checkpoint was damaged"],
+        [],
+    ]
+    assert fingerprint(model.params) == fingerprint(straight.params)
+    assert fingerprint(model.memory) == fingerprint(straight.memory)
+
+
+def test_an_own_start_is_repeated_when_the_only_merged_round_is_damaged(tmp_path: Path) -> None:
+    rounds(tmp_path, hall(COHORT[:1]), rounds=1, start="own")
+    (tmp_path / "round-0001.safetensors").write_bytes(b"")
+    transport = hall(COHORT[:1])
+    again = strategy("fedavg", transport, tmp_path, rounds=1, start="own")
+    again.run(again.ledger.restore(MODEL))
+    assert received(transport) == [False]
+
+
+# --- clients that do not come back ----------------------------------------------------------------------------------
+
+NAMELESS = [replace(client, name="") for client in COHORT]
+
+
+def returned(cohort: Sequence[toys.Client], gone: int, back: int) -> Hall:
+    """The hall after a restart, in which client `gone` is `back` under another id."""
+    return hall([replace(client, client_id=back) if client.client_id == gone else client for client in cohort])
+
+
+def test_a_kept_reply_of_a_nameless_client_that_is_gone_is_dropped_and_the_record_says_so(tmp_path: Path) -> None:
+    """It is back as 9, and would count twice."""
+    straight = rounds(tmp_path / "a", hall(NAMELESS), rounds=1)
+    after = returned(NAMELESS, 2, 9)
+    run = resumed(tmp_path / "b", hall(NAMELESS, crash_after=3), after, "fedavg", rounds=1)
+    (record,) = records(tmp_path / "b")
+    dropped = "its kept reply is dropped: it is gone, and without a name may be back under another id"
+    assert left_out(record) == {"2": dropped}
+    assert f"round 1: client 2 left out: {dropped}" in said(run).splitlines()
+    assert record["exchanges"][0]["kept"] == {"1": "connected", "3": "connected"}
+    assert after.asked == [("train", [4, 9])]
+    found = run.ledger.restore(MODEL).params
+    assert all(ulps_apart(found[n], straight.params[n]) <= 1 for n in found if found[n].is_floating_point())
+
+
+def test_a_kept_reply_of_a_named_client_that_is_gone_is_used_once_and_the_record_says_so(tmp_path: Path) -> None:
+    straight = rounds(tmp_path / "a", hall(COHORT), rounds=1)
+    run = resumed(tmp_path / "b", hall(COHORT, crash_after=3), returned(COHORT, 2, 9), "fedavg", rounds=1)
+    (record,) = records(tmp_path / "b")
+    assert record["exchanges"][0]["kept"] == {"1": "connected", "2": "gone", "3": "connected"}
+    assert left_out(record) == {"9": "answered twice: site-2 is in the fold already"}
+    assert "  3 replies were kept from before, 1 of them of clients now gone" in said(run).splitlines()
+    assert fingerprint(run.ledger.restore(MODEL).params) == fingerprint(straight.params)
+
+
+def test_a_kept_reply_that_later_ones_stand_on_is_used_even_of_a_nameless_client_that_is_gone(tmp_path: Path) -> None:
+    straight = rounds(tmp_path / "a", hall(NAMELESS), TWO, rounds=1)
+    after = returned(NAMELESS, 1, 9)
+    run = resumed(tmp_path / "b", hall(NAMELESS, crash_after=6), after, TWO, rounds=1)
+    assert after.asked == [("train", []), ("measure", [3, 4])]
+    assert fingerprint(run.ledger.restore(MODEL).params) == fingerprint(straight.params)
+
+
+def test_a_resumed_round_asks_the_cohort_that_it_began_with(tmp_path: Path) -> None:
+    """Whoever has joined since, and so would change the draw."""
+    ten, more = population(MODEL, 10), population(MODEL, 14)
+    straight = hall(ten)
+    rounds(tmp_path / "a", straight, rounds=1, fraction=0.5)
+    after = hall(more)
+    resumed(tmp_path / "b", hall(ten, crash_after=0), after, "fedavg", rounds=1, fraction=0.5)
+    assert after.asked == straight.asked
+
+
+def test_a_resumed_round_asks_others_in_place_of_those_of_its_cohort_who_are_gone(tmp_path: Path) -> None:
+    ten = population(MODEL, 10)
+    with pytest.raises(Crash):
+        rounds(tmp_path, before := hall(ten, crash_after=0), rounds=1, fraction=0.5)
+    cohort = before.asked[0][1]
+    after = hall([client for client in ten if client.client_id != cohort[0]])
+    rounds(tmp_path, after, rounds=1, fraction=0.5)
+    ((_, asked),) = after.asked
+    assert len(asked) == 5
+    assert set(cohort[1:]) < set(asked)
+
+
+# --- a full disk ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What part of a file's name means that no room is left for it; nothing at first."""
+    parts: list[str] = []
+    put = os.replace
+
+    def replacing(partial: Path, path: Path) -> None:
+        if any(part in str(path) for part in parts):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        put(partial, path)
+
+    monkeypatch.setattr(os, "replace", replacing)
+    return parts
+
+
+@pytest.mark.parametrize("part", ["0001-00-000002", "0001-01-000005", "replies/begun.json"])
+def test_replies_that_cannot_be_kept_are_all_given_up_and_the_round_goes_on(
+    tmp_path: Path, full: list[str], part: str
+) -> None:
+    straight = rounds(tmp_path / "a", hall(COHORT), TWO, rounds=1)
+    full.append(part)
+    run = strategy(TWO, hall(COHORT, crash_after=7), tmp_path / "b", rounds=1)
+    with pytest.raises(Crash):
+        run.run(MODEL)
+    assert not [*(tmp_path / "b").rglob("replies/*.safetensors")]
+    line = "round 1: goes on, but would be asked anew after a crash: cannot write "
+    assert sum(line in said for said in said(run).splitlines()) == 1
+    full.clear()
+    again = rounds(tmp_path / "b", hall(COHORT), TWO, rounds=1)
+    (record,) = records(tmp_path / "b")
+    told = [line.partition(": cannot write")[0] for line in record["history"]]
+    assert told == ([] if "begun" in part else ["its replies were not kept", "begun again: the run had stopped in it"])
+    assert fingerprint(again.params) == fingerprint(straight.params)
+
+
+def test_the_round_after_one_whose_replies_were_not_kept_keeps_them_again(tmp_path: Path, full: list[str]) -> None:
+    full.append("replies/0001-")
+    with pytest.raises(Crash):
+        rounds(tmp_path, hall(COHORT, crash_after=6), rounds=2)
+    assert len([*(tmp_path / "replies").glob("0002-00-*")]) == 2
+    assert len(records(tmp_path)[0]["history"]) == 1
+
+
+@pytest.mark.parametrize("part", ["round-0002.safetensors", "round-0002.json"])
+def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_and_loses_nothing(
+    tmp_path: Path, full: list[str], part: str
+) -> None:
+    straight = rounds(tmp_path / "a", hall(COHORT), TWO, rounds=3)
+    full.append(part)
+    with pytest.raises(Unwritable, match="No space left on device"):
+        rounds(tmp_path / "b", hall(COHORT), TWO, rounds=3)
+    assert len(records(tmp_path / "b")) == 1
+    full.clear()
+    after = hall(COHORT)
+    again = strategy(TWO, after, tmp_path / "b", rounds=3)
+    model, _ = again.run(again.ledger.restore(MODEL))
+    assert after.given == 8  # the third round's: the second one's were all kept
+    assert fingerprint(model.params) == fingerprint(straight.params)
 
 
 # --- memory and order -----------------------------------------------------------------------------------------------

@@ -31,6 +31,19 @@ def telemetry(width: int = 120, terminal: bool = False) -> Telemetry:
     return Telemetry(Console(file=StringIO(), width=width, force_terminal=terminal))
 
 
+class Full(StringIO):
+    """Output on a full disk."""
+
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_output_that_cannot_be_written_ends_no_run() -> None:
+    log = Telemetry(Console(file=Full(), width=120))
+    log.left_out(1, "2", "late")
+    log.finished(RoundRecord(1))
+
+
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
 reports = st.fixed_dictionaries(
