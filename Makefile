@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 COMPOSE = $(shell docker compose version > /dev/null 2>&1 && echo docker compose || $(BIN)/python -c 'import compose; print(compose.__path__[0] + "/docker-compose")')
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-alignment demo-fedma demo-tls test test-slow test-papers lint bench data clean
+.PHONY: demo demo-alignment demo-fedma demo-tls test test-slow test-papers chaos lint bench data clean
 
 $(VENV)/ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,10 @@ test: $(VENV)/ready        ## quick tests, under 5 minutes
 
 test-slow: $(VENV)/ready   ## federations of real processes, and Flower's simulation
 	$(BIN)/python -m pytest -m slow
+
+chaos: $(VENV)/ready       ## every fault, one at a time; then 8 clients, 30 rounds, a process killed every 90 s: an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "chaos or slow" tests/federation/test_faults.py
+	$(BIN)/python -m deploy.chaos
 
 test-papers: $(VENV)/experiments data ## the experiments' quick runs, with their gates
 	$(BIN)/python -m pytest -m paper

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import time
@@ -40,7 +41,7 @@ def rows() -> Iterator[Row]:
     yield Row(f"{work}, written", "bytes admitted", spent.bytes / spent.admitted, "<= 1.5", detail)
     few, many = _measured(FEW), _measured(MANY)
     detail = f"{many:.1f} and {few:.1f} models of 4 MB above baseline"
-    yield Row(f"peak memory, {MANY} clients in one process", f"{FEW} clients", many / few, "<= 1.1", detail)
+    yield Row(f"peak memory, {MANY} clients in one process", f"{FEW} clients", many / few, "<= 1.05", detail)
 
 
 @dataclass
@@ -102,7 +103,9 @@ def _live() -> float:
 
 def _measured(clients: int) -> float:
     command = [sys.executable, "-m", "benchmarks.recovery", str(clients)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}  # else what malloc keeps is by chance
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return float(done.stdout.split()[-1])
 
 
 def peak(clients: int) -> float:

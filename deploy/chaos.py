@@ -10,7 +10,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -132,14 +134,15 @@ def _kind(name: str) -> str:
 
 
 def main(arguments: Sequence[str] = ()) -> int:
-    """0 when all rounds have merged and the model is that of the same run in the loopback, where nothing is killed."""
+    """0 when all rounds have merged, through kills, to the model of the same run in the loopback, left alone."""
     options = _options(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     torch.set_num_threads(1)
     nodes = [
         {"partition-id": k, "num-partitions": options.clients, "name": f"site-{k}"} for k in range(options.clients)
     ]
-    alone = loopback.run(TASK, METHOD, nodes=nodes, **_shared(options)).model.params
+    with redirect_stdout(StringIO()):
+        alone = loopback.run(TASK, METHOD, nodes=nodes, **_shared(options)).model.params
     with tempfile.TemporaryDirectory(prefix="fedbasin-") as made:
         folder = Path(options.folder or made)
         tls = None if options.plaintext else make_certs(folder / "certs", options.clients)
@@ -172,7 +175,7 @@ def _config(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _verdict(chaos: Chaos, alone: Mapping[str, Tensor]) -> int:
-    """Prints what came of it; 0 where nothing was lost."""
+    """Prints what came of it; 0 where something was killed and nothing lost."""
     records = [json.loads(path.read_text()) for path in sorted(chaos.folder.glob("round-*.json"))]
     merged = [record for record in records if record["status"] == "merged"]
     saved = load_file(chaos.folder / f"round-{len(records):04d}.safetensors")
@@ -182,7 +185,7 @@ def _verdict(chaos: Chaos, alone: Mapping[str, Tensor]) -> int:
     rounds = [record["seconds"] for record in records]
     print(f"rounds: {len(merged)} of {chaos.config['rounds']} merged; {min(rounds):.1f} to {max(rounds):.1f} s each")
     print("the model is that of the undisturbed run, to the bit" if same else "the model is ANOTHER than undisturbed")
-    return 0 if same and len(merged) == chaos.config["rounds"] else 1
+    return 0 if chaos.recoveries and same and len(merged) == chaos.config["rounds"] else 1
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def main(name: str = "posterior") -> int:
     nodes = [{"partition-id": k, "num-partitions": size, "name": f"site-{k}", **own} for k, own in enumerate(demo.own)]
     with tempfile.TemporaryDirectory(prefix="fedbasin-") as logs:
         certs = make_certs(Path(logs) / "certs", size) if demo.tls else None
-        secured = "TLS, each client known by its key" if demo.tls else "gRPC"
+        secured = "gRPC and TLS, each client known by its key" if demo.tls else "gRPC"
         console.print(f"starting a SuperLink and {size} SuperNodes on 127.0.0.1, client traffic over {secured}")
         with LocalFederation(Path(logs), nodes, tls=certs) as federation:
             submitted = {method: _submit(federation, demo, method, console) for method in demo.methods}

@@ -32,7 +32,7 @@ MARK = "FEDBASIN_STARTED_BY"  # in the environment of every process, which those
 BIN = Path(sys.executable).parent
 START_SECONDS = 60.0  # for a process to listen
 STOP_SECONDS = 10.0  # for a process to end after SIGTERM
-RETURN_SECONDS = 150.0  # for a SuperNode with a key to be let in again: the SuperLink must have missed it, 67 s
+RETURN_SECONDS = 150.0  # for a SuperNode with a key to be let in again: twice what it takes the SuperLink to miss it
 LET_IN = "SuperNode ID: "  # what a SuperNode logs then
 
 
@@ -94,7 +94,8 @@ class LocalFederation:
     def start(self, name: str) -> None:
         """Starts the process, or starts it again; returns when the SuperLink listens, or a SuperNode's key is taken.
 
-        A SuperNode with a key, once killed, exits until the SuperLink has missed it: it is started anew till then.
+        A SuperNode with a key, once killed, exits until the SuperLink has missed it: it is started anew till then, for
+        about a minute.
         """
         before = self._let_in(name)
         self._spawn(name)

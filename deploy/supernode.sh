@@ -26,7 +26,7 @@ take_a_site() {
 
 take_a_site
 if [ -s "$site" ]; then set -- "$@" --auth-supernode-private-key "$site"; fi
-trap 'kill $(jobs -p)' TERM INT
+trap 'kill $(jobs -p); wait; exit 0' TERM INT
 flower-supernode "$@" --isolation process --host 127.0.0.1 --port 9094 \
   --node-config "name=\"site-$number\" partition-id=$number num-partitions=$sites" &
 flower-superexec --insecure --runtime-api-address 127.0.0.1:9094 &

@@ -115,13 +115,20 @@ class StreamingGrid:
         if not clients or (ttl := end - self.clock()) <= 0:
             return
         messages = [Message(content(client), client, MESSAGE_TYPES[kind], ttl=ttl, group_id=kind) for client in clients]
-        sent = set(self.grid.push_messages(messages))
+        sent, reason = self._pushed(messages)
         for client, message in zip(clients, messages, strict=True):
             asked.attempts[client] = asked.attempts.get(client, 0) + 1
             if message.metadata.message_id in sent:
                 asked.pending[message.metadata.message_id] = client
             else:
-                asked.lose(client, "its message could not be sent")
+                asked.lose(client, reason)
+
+    def _pushed(self, messages: Sequence[Message]) -> tuple[set[str], str]:
+        """The ids of the messages that were sent, and why others were not."""
+        try:
+            return set(self.grid.push_messages(messages)), "its message could not be sent"
+        except Exception as error:  # whatever Flower raises where a SuperLink dies meanwhile
+            return set(), one_line(f"its message could not be sent: {type(error).__name__}: {error}")
 
     def _sweep(self, asked: _Asked, end: float) -> Iterator[Reply]:
         """Pulls the pending messages one by one, so that no more than one reply is held; none that has expired."""

@@ -198,6 +198,8 @@ class FakeGrid(Grid):
         ids = [self._push(message) for message in messages]
         if self.refused == "nothing" and "" in ids:
             return []
+        if self.refused == "raised" and "" in ids:
+            raise ConnectionError("the push session\nhas expired")
         return [id for id in ids if id or self.refused == "blank"]
 
     def _push(self, message: Message) -> str:

@@ -40,6 +40,17 @@ def test_nothing_is_left_running_after_ctrl_c(tmp_path: Path) -> None:
     assert left_behind(str(tmp_path)) == []
 
 
+@pytest.mark.slow
+def test_three_clients_known_by_their_keys_end_in_a_table() -> None:
+    demo = subprocess.run(
+        [sys.executable, "-m", "deploy.demo", "tls"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
+    )
+    assert "client traffic over gRPC and TLS" in demo.stdout
+    assert "round 2 of 2 merged, 3 replies" in demo.stdout
+    (row,) = [line for line in demo.stdout.splitlines() if line.startswith("│ Fisher")]
+    assert float(row.split("│")[3]) > 0.8
+
+
 def ran(method: str, folder: Path, *widths: int) -> dict[str, Any]:
     """The records of two rounds of clients of these widths."""
     nodes = [{"partition-id": k, "num-partitions": len(widths), "task.hidden": width} for k, width in enumerate(widths)]

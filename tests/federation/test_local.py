@@ -55,15 +55,17 @@ def test_certificates_that_are_missing_are_named_with_what_makes_them(tmp_path: 
 @pytest.mark.slow
 def test_a_superlink_killed_in_mid_round_goes_on_with_the_run_to_the_same_model(tmp_path: Path) -> None:
     settings = {"rounds": 1, "seed": 3, "device": "cpu", "evaluate": False}
-    config = {**settings, "min-clients": 2, "quorum": 2, "deadline": 240.0, "training.epochs": 60}
+    config = {**settings, "min-clients": 2, "quorum": 2, "deadline": 240.0, "training.epochs": 200}
     with LocalFederation(tmp_path, NODES, tls=make_certs(tmp_path / "certs", 2), isolated=True) as federation:
         run_id = federation.submit(ROOT, {**config, "aggregator": "fisher", "runs-dir": str(tmp_path / "runs")})
-        federation.wait_for_log("supernode-1", "Receiving: train message")
+        for number in (0, 1):
+            federation.wait_for_log(f"supernode-{number}", "Received successfully")
         federation.kill("superlink")
         federation.start("superlink")
+        assert not [*(tmp_path / "runs").rglob("round-*")]
         assert federation.wait(run_id, timeout=300)["status"] == "finished:completed"
         assert {S_IMODE(path.stat().st_mode) for path in (tmp_path / "secrets").iterdir()} == {0o600}
     there = load_file(tmp_path / "runs" / run_id / "round-0001.safetensors")
-    here = loopback.run("digits", "fisher", nodes=NODES, training={"epochs": 60}, **settings).model
+    here = loopback.run("digits", "fisher", nodes=NODES, training={"epochs": 200}, **settings).model
     for name, value in here.params.items():
         torch.testing.assert_close(there[json.dumps(["params", name])], value, rtol=2e-6, atol=1e-7)

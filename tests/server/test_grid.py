@@ -316,6 +316,17 @@ def test_messages_that_were_too_large_together_are_sent_again() -> None:
     assert answered(replies(grid, [1, 2])) == [1, 2]
 
 
+def test_messages_of_which_flower_loses_the_connection_are_sent_again() -> None:
+    grid = FakeGrid({1: [None, good(1)], 2: [good(1)]}, unsendable={2: 1}, refused="raised")
+    assert answered(replies(grid, [1, 2])) == [1, 2]
+
+
+def test_a_message_of_which_flower_always_loses_the_connection_is_lost_with_what_it_said() -> None:
+    grid = FakeGrid({1: []}, unsendable={1: 99}, refused="raised")
+    said = "its message could not be sent: ConnectionError: the push session has expired"
+    assert reasons(replies(grid, [1])) == {1: f"lost: {said} (attempt 3 of 3, deadline 60 s)"}
+
+
 @pytest.mark.parametrize("refused", ["omitted", "blank", "nothing"])
 def test_a_message_that_can_never_be_sent_is_lost(refused: str) -> None:
     grid = FakeGrid({1: []}, unsendable={1: 99}, refused=refused)

@@ -14,6 +14,8 @@ from torch.utils.data import TensorDataset
 from client.app import respond
 from client.task import Examples, Node, Task
 
+LONGEST = 300.0  # seconds
+
 app = ClientApp()
 
 
@@ -37,7 +39,7 @@ class Clouds(Task):
 @app.evaluate()
 @app.query()
 def answer(message: Message, context: Context) -> Message:
-    """An honest reply, after what the client was bidden: `sleep SECONDS`, or `die`."""
+    """An honest reply, after what the client was bidden: `sleep SECONDS`, `stay` until it is let go, or `die`."""
     instructions = json.loads(str(message.content.config_records["manifest"]["instructions"]))
     reply = respond(message.content, context)
     if instructions["exchange"] == "train":
@@ -46,11 +48,13 @@ def answer(message: Message, context: Context) -> Message:
 
 
 def obey(order: Path) -> None:
-    """Does what the file says, if there is one, and takes it away first."""
+    """Does what the file says, if there is one, and renames it first; stays as long as it is there, or too long."""
     if not order.exists():
         return
     verb, *seconds = order.read_text().split()
-    order.unlink()
+    order = order.replace(order.with_suffix(".obeyed"))
     if verb == "die":
         os._exit(1)
-    time.sleep(float(*seconds))
+    end = time.monotonic() + float(*seconds or (LONGEST,))
+    while order.exists() and time.monotonic() < end:
+        time.sleep(0.1)
