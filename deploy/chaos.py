@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -63,6 +63,7 @@ class Chaos:
             if self.now() > last + PATIENCE * self.config["deadline"]:
                 raise TimeoutError(f"round {finished + 1} does not finish: see {self.federation.folder}")
             time.sleep(1)
+        self._tell()
 
     def now(self) -> float:
         """Seconds since the start."""
@@ -91,14 +92,14 @@ class Chaos:
         kinds: dict[str, list[str]] = {}
         for name, process in self.federation.processes.items():
             kinds.setdefault(_kind(name), []).append(name)
-            if name.startswith("superexec") and psutil.Process(process.pid).children():
+            if name.startswith("superexec") and _runs_app(process.pid):
                 kinds.setdefault(APPS[_kind(name)], []).append(name)
         kind = self.draw.choice(sorted(kinds))
         return kind, self.draw.choice(sorted(kinds[kind]))
 
     def _resume(self) -> None:
         """Goes on with the run, as another one: the ServerApp is gone."""
-        begun = self.folder.exists()
+        begun = (self.folder / "settings.json").exists()
         self.run_id = self.federation.submit(APP, {**self.config, **({"resume": str(self.folder)} if begun else {})})
         self.folder = self.folder if begun else Path(self.config["runs-dir"]) / self.run_id
         self.say(f"resumed as run {self.run_id}")
@@ -125,6 +126,13 @@ class Chaos:
                 del self.open[victim]
                 self.recoveries.setdefault(_kind(victim), []).append(self.now() - struck)
                 self.say(f"round {round} finished {self.now() - struck:.1f} s after {victim} was killed")
+
+
+def _runs_app(executor: int) -> bool:
+    """Whether that process has a child that runs; it leaves its dead ones unburied."""
+    with suppress(psutil.NoSuchProcess):
+        return any(child.status() != psutil.STATUS_ZOMBIE for child in psutil.Process(executor).children())
+    return False
 
 
 def _kind(name: str) -> str:

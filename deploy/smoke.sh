@@ -59,6 +59,9 @@ online() { [ "$(cli flwr supernode list --format json | grep -c '"status": "onli
 has_finished() { server test -e "runs/$run/round-000$1.json"; }
 has_ended() { cli flwr ls --run-id "$run" --format json | grep -q '"status": "finished:completed"'; }
 
+load='import sys; from safetensors.numpy import load_file
+print(f"{sys.argv[1]}: {sum(array.size for array in load_file(sys.argv[1]).values()):,} numbers")'
+
 told() { # ROUND: what its record says
   server python3 - "runs/$run/round-000$1.json" <<'END'
 import json, sys
@@ -91,3 +94,4 @@ say "round 2: $(told 2)"
 within 120 has_ended
 say "the run has finished; on the volume:"
 server ls -l "runs/$run"
+say "$(server python3 -c "$load" "runs/$run/round-0002.safetensors")"

@@ -78,8 +78,9 @@ class Site(LocalFederation):
         self.finish(*self.begin(resume=str(folder), **config))
 
     def app(self, name: str) -> psutil.Process:
-        """The app's process that the executor of that name has started."""
-        (process,) = psutil.Process(self.processes[name].pid).children()
+        """The app's process that the executor of that name has started; it leaves its dead ones unburied."""
+        children = psutil.Process(self.processes[name].pid).children()
+        (process,) = (child for child in children if child.status() != psutil.STATUS_ZOMBIE)
         return process
 
 

@@ -294,6 +294,7 @@ def test_a_folder_that_another_server_has_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_said_in_a_line_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     said = CliRunner().invoke(app, ["simulate", "--rounds", "1", "--folder", str(tmp_path / "runs" / "7")])
+    assert isinstance(said.exception, SystemExit)  # no traceback
     assert said.exit_code == 1
     (line,) = said.stderr.splitlines()
     assert line.startswith(f"cannot make {tmp_path / 'runs'}: File exists: every finished round is whole: mend that")
