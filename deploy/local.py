@@ -224,9 +224,11 @@ class LocalFederation:
         return self.wait(self.submit(app, config), timeout)
 
     def submit(self, app: Path, config: Mapping[str, Any]) -> str:
-        """Starts a run of the app in folder `app`; its id."""
+        """Starts a run of the app in folder `app`; its id. RuntimeError, with Flower's words, where it refuses."""
         said = self._flwr("run", str(app), NAME, "-c", _overrides(config), "--format", "json")
-        return str(json.loads(said)["run-id"])
+        if "run-id" not in (answer := json.loads(said)):
+            raise RuntimeError(f"flwr run: {said.strip()}")
+        return str(answer["run-id"])
 
     def wait(self, run_id: str, timeout: float = 600) -> dict[str, Any]:
         """What `flwr ls` says of the run once it has finished; TimeoutError after `timeout` seconds."""
