@@ -67,5 +67,5 @@ class Depth:
             circle = " from ".join(map(repr, path[path.index(path[-1]) :]))
             raise ValueError(
                 f"units follow from themselves, {circle}, and cannot be matched layer by layer, as those of residual"
-                " streams and recurrent layers: align the clients with git_rebasin or activation_matching"
+                " streams and recurrent layers: use ot_fusion, git_rebasin or activation_matching"
             )

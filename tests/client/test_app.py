@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, ClassVar
 
 import pytest
@@ -45,15 +44,6 @@ def sent(task: Task, round: int = 2) -> RecordDict:
 
 def client(**node: Any) -> Context:
     return Context(0, 1, node, RecordDict(), {})
-
-
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What the client logs, which Flower's logger keeps to its own handlers."""
-    log = logging.getLogger("flwr.fedbasin")
-    monkeypatch.setattr(log, "handlers", [caplog.handler])
-    monkeypatch.setattr(log, "level", logging.INFO)
-    return caplog
 
 
 def test_a_client_says_that_it_trains_in_other_widths_than_its_own(said: pytest.LogCaptureFixture) -> None:

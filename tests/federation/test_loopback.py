@@ -1,7 +1,6 @@
 """Whole federations in this process: tasks, clients, wire, admission, merge core and ledger together."""
 
 import json
-import logging
 import random
 import signal
 import subprocess
@@ -87,11 +86,10 @@ def test_two_federations_of_one_seed_give_the_same_bits_and_another_seed_others(
     assert not same(runs[0], runs[2])
 
 
-def test_private_parameters_stay_at_their_clients_from_round_to_round(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        run = loopback.run(PrivateHead(), rounds=3, training={"epochs": 20})
+def test_private_parameters_stay_at_their_clients_from_round_to_round(said: pytest.LogCaptureFixture) -> None:
+    run = loopback.run(PrivateHead(), rounds=3, training={"epochs": 20})
     assert list(run.model.params) == ["0.weight", "0.bias"]
-    assert "private parameters start from their initial values" not in caplog.text
+    assert "private parameters start from their initial values" not in said.text
     assert run.evaluation["loss"] < run.records[0]["received"]["loss"] / 2
 
 
