@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -15,6 +16,9 @@ from .telemetry import one_line
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 0.3  # seconds between sweeps over the pending replies
 ROLL_CALL = 3.0  # seconds between looks at who is connected
 ATTEMPTS = 3  # times one client's task is sent, at most
+AWAY = 120.0  # seconds that a lost client is waited for where enough have answered: a SuperNode with a key needs 67
+PATIENCE = 2.0  # seconds that a reply may take to be pulled before the others no longer wait for it
+PULLS = 4  # replies that are pulled at once, at most
 LOST = {3: "its message was lost", 4: "its reply was lost", 5: "it is gone", 8: "its process died"}  # Flower's codes
 MESSAGE_TYPES = {"train": "train", "measure": "query", "evaluate": "evaluate"}
 
@@ -29,46 +33,87 @@ class Reply(NamedTuple):
     error: str = ""
 
 
+class Terms(NamedTuple):
+    """What an exchange keeps to: its seconds, the good replies that are enough, and who may be asked.
+
+    A newcomer is asked in place of a client that is gone.
+    """
+
+    deadline: float
+    quorum: int = 1
+    newcomers: bool = True
+
+
 class Transport(Protocol):
     """What carries exchanges to clients: Flower's grid, or a loopback in this process."""
 
     def nodes(self) -> list[int]:
         """The ids of the clients that are connected, sorted."""
 
-    def ask(
-        self, kind: str, content: Content, cohort: Sequence[int], deadline: float, newcomers: bool = True
-    ) -> Iterator[Reply]:
-        """One reply per client of the cohort, in order of arrival, until `deadline` seconds have passed.
-
-        Whether newcomers may be asked in place of clients that are gone is for the caller to say.
-        """
+    def ask(self, kind: str, content: Content, cohort: Sequence[int], terms: Terms) -> Iterator[Reply]:
+        """One reply per client of the cohort, in order of arrival, until the deadline of the terms has passed."""
 
 
 @dataclass(eq=False)
 class _Asked:
     """One exchange under way: which message waits for which client, and whose task was lost."""
 
+    terms: Terms
+    end: float  # when the deadline passes
+    activated: Mapping[int, str]
     pending: dict[str, int] = field(default_factory=dict)
     lost: dict[int, str] = field(default_factory=dict)
-    answered: set[int] = field(default_factory=set)
+    since: dict[int, float] = field(default_factory=dict)  # when each of the lost was
     attempts: dict[int, int] = field(default_factory=dict)
-    activated: Mapping[int, str] = field(default_factory=dict)
-    newcomers: bool = True
+    good: int = 0
 
-    def waits(self) -> bool:
-        """Whether a reply may still come: a task lost once too often is not sent again."""
-        return bool(self.pending) or any(self.attempts[client] < ATTEMPTS for client in self.lost)
+    def waits(self, now: float) -> bool:
+        """Whether a reply may still come: before the deadline, from who has not answered, or will be asked again."""
+        return now < self.end and (bool(self.pending) or any(self._hopes(client, now) for client in self.lost))
 
-    def lose(self, client_id: int, reason: str) -> None:
+    def _hopes(self, client: int, now: float) -> bool:
+        """Whether a lost client may still be asked: not too often, nor for long where enough have answered."""
+        enough = self.good >= self.terms.quorum and now > self.since[client] + AWAY
+        return self.attempts[client] < ATTEMPTS and not enough
+
+    def lose(self, client_id: int, reason: str, now: float) -> None:
         """The client's task is lost, unless it has been sent again already."""
         if client_id not in self.pending.values():
-            self.lost[client_id] = reason
+            self.lost[client_id], self.since[client_id] = reason, now
 
     def drop(self, client_id: int) -> None:
         """Nothing more is expected of this client."""
-        self.answered.add(client_id)
         self.lost.pop(client_id, None)
         self.pending = {id: client for id, client in self.pending.items() if client != client_id}
+
+
+@dataclass(eq=False)
+class _Pulls:
+    """Pulls, of which one that takes long goes on beside the next: Flower waits for a reply that is still uploaded.
+
+    Where its SuperNode has died meanwhile, that is for 180 s.
+    """
+
+    grid: Grid
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(PULLS, "pull"))
+    running: dict[str, Future[list[Message]]] = field(default_factory=dict)
+
+    def pull(self, message_id: str) -> list[Message]:
+        """The reply to the message; none where it is not there yet."""
+        if message_id not in self.running:
+            if len(self.running) == PULLS:
+                return []
+            self.running[message_id] = self.threads.submit(lambda: list(self.grid.pull_messages([message_id])))
+            wait([self.running[message_id]], PATIENCE)
+        return self.running.pop(message_id).result() if self.running[message_id].done() else []
+
+    def keep(self, pending: Collection[str]) -> None:
+        """Forgets what was pulled of messages that are no longer pending."""
+        self.running = {id: future for id, future in self.running.items() if id in pending or not future.done()}
+
+    def close(self) -> None:
+        """What is not there yet is not waited for."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(eq=False)
@@ -88,31 +133,34 @@ class StreamingGrid:
         """The ids of the nodes that are connected, sorted."""
         return sorted(self.grid.get_node_ids())
 
-    def ask(
-        self, kind: str, content: Content, cohort: Sequence[int], deadline: float, newcomers: bool = True
-    ) -> Iterator[Reply]:
-        """One reply per client of the cohort, in order of arrival; after `deadline` seconds the rest are late."""
-        end = self.clock() + deadline
-        asked = _Asked(activated=self._online(), newcomers=newcomers)
-        self._push(asked, kind, content, cohort, end)
+    def ask(self, kind: str, content: Content, cohort: Sequence[int], terms: Terms) -> Iterator[Reply]:
+        """One reply per client of the cohort, in order of arrival; after the deadline the rest are late."""
+        asked, pulls = _Asked(terms, self.clock() + terms.deadline, self._online()), _Pulls(self.grid)
+        try:
+            self._push(asked, kind, content, cohort)
+            yield from self._answers(asked, pulls, kind, content)
+        finally:
+            pulls.close()
+        yield from _late(asked)
+
+    def _answers(self, asked: _Asked, pulls: _Pulls, kind: str, content: Content) -> Iterator[Reply]:
         pause, roll_call = FIRST_PAUSE, self.clock() + ROLL_CALL
-        while asked.waits() and self.clock() < end:
+        while asked.waits(self.clock()):
             before = len(asked.pending)
-            yield from self._sweep(asked, end)
+            yield from self._sweep(asked, pulls)
             pause = FIRST_PAUSE if len(asked.pending) < before else min(1.5 * pause, LONGEST_PAUSE)
             if self.clock() >= roll_call:
                 again, replaced = self._returned(asked)
-                self._push(asked, kind, content, again, end)
+                self._push(asked, kind, content, again)
                 yield from replaced
                 roll_call = self.clock() + ROLL_CALL
-            if asked.waits():
-                self.sleep(max(0.0, min(pause, end - self.clock())))
-        yield from _late(asked, deadline)
+            if asked.waits(self.clock()):
+                self.sleep(max(0.0, min(pause, asked.end - self.clock())))
 
-    def _push(self, asked: _Asked, kind: str, content: Content, cohort: Iterable[int], end: float) -> None:
+    def _push(self, asked: _Asked, kind: str, content: Content, cohort: Iterable[int]) -> None:
         """Sends each client its task; what the grid does not name afterwards, it could not send."""
         clients = [client for client in cohort if asked.attempts.get(client, 0) < ATTEMPTS]
-        if not clients or (ttl := end - self.clock()) <= 0:
+        if not clients or (ttl := asked.end - self.clock()) <= 0:
             return
         messages = [Message(content(client), client, MESSAGE_TYPES[kind], ttl=ttl, group_id=kind) for client in clients]
         sent, reason = self._pushed(messages)
@@ -121,7 +169,7 @@ class StreamingGrid:
             if message.metadata.message_id in sent:
                 asked.pending[message.metadata.message_id] = client
             else:
-                asked.lose(client, reason)
+                asked.lose(client, reason, self.clock())
 
     def _pushed(self, messages: Sequence[Message]) -> tuple[set[str], str]:
         """The ids of the messages that were sent, and why others were not."""
@@ -130,18 +178,20 @@ class StreamingGrid:
         except Exception as error:  # whatever Flower raises where a SuperLink dies meanwhile
             return set(), one_line(f"its message could not be sent: {type(error).__name__}: {error}")
 
-    def _sweep(self, asked: _Asked, end: float) -> Iterator[Reply]:
-        """Pulls the pending messages one by one, so that no more than one reply is held; none that has expired."""
+    def _sweep(self, asked: _Asked, pulls: _Pulls) -> Iterator[Reply]:
+        """Pulls the pending messages one by one, so that few replies are held; none that has expired."""
+        pulls.keep(asked.pending)
         for message_id in list(asked.pending):
-            if message_id not in asked.pending or self.clock() >= end:
+            if message_id not in asked.pending or self.clock() >= asked.end:
                 continue
-            for message in self.grid.pull_messages([message_id]):
+            for message in pulls.pull(message_id):
                 client = asked.pending.pop(message_id)
                 if message.has_error() and message.error.code in LOST:
-                    asked.lose(client, LOST[message.error.code])
+                    asked.lose(client, LOST[message.error.code], self.clock())
                     continue
                 asked.drop(client)
                 reply = _reply(client, message)
+                asked.good += reply.content is not None
                 del message
                 yield reply
                 del reply
@@ -160,7 +210,7 @@ class StreamingGrid:
         back = [client for client in asked.lost if client in online and known[client] < ATTEMPTS]
         gone = [client for client in asked.lost if client not in online]
         newcomers = [client for client in sorted(online) if client not in asked.activated and client not in known]
-        replaced = dict(zip(gone, newcomers, strict=False)) if asked.newcomers else {}
+        replaced = dict(zip(gone, newcomers, strict=False)) if asked.terms.newcomers else {}
         again = [*restarted, *back, *replaced.values()]
         asked.activated = {**asked.activated, **{client: online[client] for client in again}}
         replies = [Reply(old, None, f"{asked.lost[old]}: {new} is asked in its place") for old, new in replaced.items()]
@@ -176,10 +226,10 @@ def _reply(client: int, message: Message) -> Reply:
     return Reply(client, message.content)
 
 
-def _late(asked: _Asked, deadline: float) -> Iterator[Reply]:
+def _late(asked: _Asked) -> Iterator[Reply]:
+    deadline = f"{asked.terms.deadline:g} s"
     for client in dict.fromkeys(asked.pending.values()):
-        yield Reply(client, None, f"late: no reply within {deadline:g} s")
+        yield Reply(client, None, f"late: no reply within {deadline}")
     for client, reason in asked.lost.items():
-        yield Reply(
-            client, None, f"lost: {reason} (attempt {asked.attempts[client]} of {ATTEMPTS}, deadline {deadline:g} s)"
-        )
+        attempt = f"attempt {asked.attempts[client]} of {ATTEMPTS}"
+        yield Reply(client, None, f"lost: {reason} ({attempt}, deadline {deadline})")

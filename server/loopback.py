@@ -21,7 +21,7 @@ from client.app import respond
 from client.task import Node, Task
 
 from .app import federate
-from .grid import Content, Reply
+from .grid import Content, Reply, Terms
 from .ledger import Ledger
 from .parking import Parking
 from .settings import Settings, from_run_config
@@ -56,14 +56,12 @@ class Loopback:
         """1 to the number of clients."""
         return sorted(self.contexts)
 
-    def ask(
-        self, kind: str, content: Content, cohort: Sequence[int], deadline: float, newcomers: bool = True
-    ) -> Iterator[Reply]:
+    def ask(self, kind: str, content: Content, cohort: Sequence[int], terms: Terms) -> Iterator[Reply]:
         """The clients' replies, one client after the other; an exception of a client is its error reply."""
-        end = time.monotonic() + deadline
+        end = time.monotonic() + terms.deadline
         for client in cohort:
             if time.monotonic() > end:
-                yield Reply(client, None, f"late: no reply within {deadline:g} s")
+                yield Reply(client, None, f"late: no reply within {terms.deadline:g} s")
                 continue
             try:
                 answer = respond(content(client), self.contexts[client])

@@ -19,7 +19,7 @@ from aggregators.core.tensors import like
 from aggregators.core.update import ClientUpdate, GlobalModel, Merged, Tensors
 
 from .admission import Rejected, Widths, admit, all_finite, resized
-from .grid import Reply, Transport
+from .grid import Reply, Terms, Transport
 from .ledger import Ledger, Unwritable
 from .parking import Parking
 from .settings import Settings
@@ -206,7 +206,8 @@ class MergeStrategy:
 
         note.asked = len(cohort) + len(note.admitted)
         self.telemetry.asking(model.round, exchange.task, note.asked)
-        replies = self.transport.ask(exchange.task, counted, cohort, self.settings.deadline, number == 0)
+        terms = Terms(self.settings.deadline, self.settings.quorum - len(note.admitted), newcomers=number == 0)
+        replies = self.transport.ask(exchange.task, counted, cohort, terms)
         try:
             while True:
                 with note.timed("waiting"), self.parking.waiting():

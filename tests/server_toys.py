@@ -26,7 +26,7 @@ from aggregators.core.exchange import Exchange, Round, collect
 from aggregators.core.update import ClientUpdate, GlobalModel
 from client import wire
 from client.task import Examples, Node, Task
-from server.grid import Content, Reply
+from server.grid import Content, Reply, Terms
 from server.ledger import Ledger
 from server.settings import Settings
 from server.strategy import MergeStrategy
@@ -87,9 +87,7 @@ class Hall:
     def nodes(self) -> list[int]:
         return sorted(self.clients)
 
-    def ask(
-        self, kind: str, content: Content, cohort: Sequence[int], deadline: float, newcomers: bool = True
-    ) -> Iterator[Reply]:
+    def ask(self, kind: str, content: Content, cohort: Sequence[int], terms: Terms) -> Iterator[Reply]:
         self.asked.append((kind, list(cohort)))
         for client_id in (client_id for client_id in self.clients if client_id in cohort):
             if self.given == self.crash_after:

@@ -20,7 +20,7 @@ from aggregators.core.update import ClientUpdate
 from client.task import Examples, Node, Task
 from server import loopback
 from server.app import federate
-from server.grid import Content, Reply
+from server.grid import Content, Reply, Terms
 from server.settings import from_run_config
 from server.telemetry import Telemetry
 from server.wire import decode
@@ -96,11 +96,9 @@ def test_private_parameters_stay_at_their_clients_from_round_to_round(said: pyte
 class Overheard(loopback.Loopback):
     """Keeps what every client sent, and can tell its private parameters."""
 
-    def ask(
-        self, kind: str, content: Content, cohort: Sequence[int], deadline: float, newcomers: bool = True
-    ) -> Iterator[Reply]:
+    def ask(self, kind: str, content: Content, cohort: Sequence[int], terms: Terms) -> Iterator[Reply]:
         self.updates: list[ClientUpdate] = []
-        for reply in super().ask(kind, content, cohort, deadline):
+        for reply in super().ask(kind, content, cohort, terms):
             self.updates.append(decode(reply.content, reply.client_id))
             yield reply
 
@@ -287,9 +285,7 @@ class Asleep:
     def nodes(self) -> list[int]:
         raise AssertionError("looked for clients")
 
-    def ask(
-        self, kind: str, content: Content, cohort: Sequence[int], deadline: float, newcomers: bool = True
-    ) -> Iterator[Reply]:
+    def ask(self, kind: str, content: Content, cohort: Sequence[int], terms: Terms) -> Iterator[Reply]:
         raise AssertionError(f"woke {cohort} with {RecordDict()}")
 
 

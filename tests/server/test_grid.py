@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from threading import Event
+from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Error, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from server_toys import FakeGrid, Outcome, flower_process
 
-from server.grid import ATTEMPTS, FIRST_PAUSE, LONGEST_PAUSE, LOST, MESSAGE_TYPES, ROLL_CALL, Reply, StreamingGrid
+from server import grid as module
+from server.grid import (
+    ATTEMPTS,
+    AWAY,
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    LOST,
+    MESSAGE_TYPES,
+    PULLS,
+    ROLL_CALL,
+    Reply,
+    StreamingGrid,
+    Terms,
+)
 from server.telemetry import LONGEST
 
 FOREVER = float("inf")
@@ -30,9 +46,9 @@ def bad(after: float, code: int, reason: str | None = "it broke") -> Outcome:
     return after, Error(code, reason)
 
 
-def replies(grid: FakeGrid, cohort: list[int], deadline: float = DEADLINE, newcomers: bool = True) -> list[Reply]:
+def replies(grid: FakeGrid, cohort: list[int], deadline: float = DEADLINE, **terms: Any) -> list[Reply]:
     streaming = StreamingGrid(grid, clock=grid.clock, sleep=grid.sleep)
-    return list(streaming.ask("train", lambda client_id: RecordDict(), cohort, deadline, newcomers))
+    return list(streaming.ask("train", lambda client_id: RecordDict(), cohort, Terms(deadline, **terms)))
 
 
 def answered(of: list[Reply]) -> list[int]:
@@ -63,7 +79,7 @@ def test_replies_come_one_by_one_in_order_of_arrival() -> None:
 def test_a_reply_is_yielded_when_it_is_there_not_when_the_last_has_come() -> None:
     grid = FakeGrid({1: [good(50)], 2: [good(1)]})
     streaming = StreamingGrid(grid, clock=grid.clock, sleep=grid.sleep)
-    first = next(streaming.ask("train", lambda client_id: RecordDict(), [1, 2], DEADLINE))
+    first = next(streaming.ask("train", lambda client_id: RecordDict(), [1, 2], Terms(DEADLINE)))
     assert first.client_id == 2
     assert grid.now < 1 + LONGEST_PAUSE
 
@@ -77,7 +93,8 @@ def test_the_content_of_a_reply_is_the_clients() -> None:
 def test_each_client_is_sent_its_own_content() -> None:
     grid = FakeGrid({1: [], 2: []})
     streaming = StreamingGrid(grid, clock=grid.clock, sleep=grid.sleep)
-    list(streaming.ask("train", lambda client: RecordDict({"for": ConfigRecord({"client": client})}), [1, 2], 1.0))
+    terms = Terms(1.0)
+    list(streaming.ask("train", lambda client: RecordDict({"for": ConfigRecord({"client": client})}), [1, 2], terms))
     sent = {message.metadata.dst_node_id: message.content["for"]["client"] for _, message, _ in grid.messages.values()}
     assert sent == {1: 1, 2: 2}
 
@@ -85,7 +102,8 @@ def test_each_client_is_sent_its_own_content() -> None:
 @pytest.mark.parametrize("kind", MESSAGE_TYPES)
 def test_an_exchange_is_sent_as_the_message_that_the_client_app_listens_for(kind: str) -> None:
     grid = FakeGrid({1: []})
-    list(StreamingGrid(grid, clock=grid.clock, sleep=grid.sleep).ask(kind, lambda client: RecordDict(), [1], 1.0))
+    streaming = StreamingGrid(grid, clock=grid.clock, sleep=grid.sleep)
+    list(streaming.ask(kind, lambda client: RecordDict(), [1], Terms(1.0)))
     ((_, message, _),) = grid.messages.values()
     assert message.metadata.message_type == {"train": "train", "measure": "query", "evaluate": "evaluate"}[kind]
 
@@ -100,7 +118,7 @@ def test_a_message_lives_no_longer_than_the_deadline() -> None:
 def test_at_most_one_message_is_alive_at_a_time() -> None:
     grid = FakeGrid({node: [good(1)] for node in range(1, 9)})
     streaming = StreamingGrid(grid, clock=grid.clock, sleep=grid.sleep)
-    for reply in streaming.ask("train", lambda client_id: RecordDict(), list(grid.plans), DEADLINE):
+    for reply in streaming.ask("train", lambda client_id: RecordDict(), list(grid.plans), Terms(DEADLINE)):
         assert sum(ref() is not None for ref in grid.alive) <= 1
         del reply
     assert len(grid.alive) == 8
@@ -151,12 +169,82 @@ def test_a_message_that_has_expired_is_not_pulled() -> None:
     grid = FakeGrid({1: [good(1)], 2: [good(1)]})
     streaming = StreamingGrid(grid, clock=grid.clock, sleep=grid.sleep)
     got = []
-    for reply in streaming.ask("train", lambda client_id: RecordDict(), [1, 2], DEADLINE):
+    for reply in streaming.ask("train", lambda client_id: RecordDict(), [1, 2], Terms(DEADLINE)):
         got.append(reply)
         pulls, grid.now = grid.pulls, DEADLINE + 1
     assert answered(got) == [1]
     assert reasons(got) == {2: "late: no reply within 60 s"}
     assert grid.pulls == pulls
+
+
+# --- uploads that do not end ------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Wedged(FakeGrid):
+    """A grid on which pulling the replies of some nodes takes until they are `uploaded`, as real time goes."""
+
+    slow: set[int] = field(default_factory=set)
+    uploaded: Event = field(default_factory=Event)
+    begun: int = 0
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        (id,) = message_ids
+        if id in self.messages and self.messages[id][1].metadata.dst_node_id in self.slow:
+            self.begun += 1
+            assert self.uploaded.wait(20)
+        return super().pull_messages([id])
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 0.02)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_upload_that_does_not_end_makes_no_other_reply_late() -> None:
+    grid = Wedged({1: [good(1)], 2: [good(5)], 3: [good(6)]}, slow={1})
+    got = replies(grid, [1, 2, 3])
+    grid.uploaded.set()
+    assert answered(got) == [2, 3]
+    assert reasons(got) == {1: "late: no reply within 60 s"}
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_slow_upload_is_a_reply_when_it_has_ended() -> None:
+    grid = Wedged({1: [good(1)], 2: [good(5)]}, slow={1})
+    streaming = StreamingGrid(grid, clock=grid.clock, sleep=grid.sleep)
+    got = []
+    for reply in streaming.ask("train", lambda client_id: RecordDict(), [1, 2], Terms(FOREVER)):
+        got.append(reply)
+        grid.uploaded.set()
+    assert answered(got) == [2, 1]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_node_that_restarts_in_its_upload_is_asked_again_before_that_is_given_up() -> None:
+    grid = Wedged({1: [good(1), good(3)], 2: [good(5)]}, presence={1: [(0, 10), (20, FOREVER)]}, slow={1})
+
+    def back(seconds: float) -> None:
+        FakeGrid.sleep(grid, seconds)
+        if len(grid.pushed) == 3:
+            grid.slow.clear()
+
+    streaming = StreamingGrid(grid, clock=grid.clock, sleep=back)
+    got = list(streaming.ask("train", lambda client_id: RecordDict(), [1, 2], Terms(DEADLINE)))
+    grid.uploaded.set()
+    assert answered(got) == [2, 1]
+    assert pushes(grid) == {1: 2, 2: 1}
+
+
+@pytest.mark.usefixtures("impatient")
+def test_no_more_replies_are_pulled_at_once_than_may_be_held() -> None:
+    many = range(1, PULLS + 4)
+    grid = Wedged({node: [good(1)] for node in many}, slow=set(many))
+    streaming = StreamingGrid(grid, clock=grid.clock, sleep=grid.sleep)
+    assert answered([*streaming.ask("train", lambda client_id: RecordDict(), [*many], Terms(3.0))]) == []
+    grid.uploaded.set()
+    assert grid.begun == PULLS
 
 
 # --- errors that are replies ----------------------------------------------------------------------------------------
@@ -208,6 +296,26 @@ def test_a_node_that_does_not_return_is_lost_with_its_reason() -> None:
     got = replies(grid, [1, 2])
     assert answered(got) == [2]
     assert reasons(got) == {1: "lost: it is gone (attempt 1 of 3, deadline 60 s)"}
+
+
+def test_a_node_that_does_not_return_is_waited_for_a_while_where_enough_have_answered() -> None:
+    """A node without a key, killed and back before the round, is in its cohort twice: nobody is to come any more."""
+    grid = FakeGrid({1: [bad(50, 5)], 2: [good(2)], 3: [good(4)]}, presence={1: [(0, 5)]})
+    got = replies(grid, [1, 2, 3], deadline=600, quorum=2)
+    assert answered(got) == [2, 3]
+    assert reasons(got) == {1: "lost: it is gone (attempt 1 of 3, deadline 600 s)"}
+    assert 50 + AWAY < grid.now < 51 + AWAY
+
+
+def test_a_node_that_does_not_return_is_waited_for_to_the_deadline_where_too_few_have_answered() -> None:
+    grid = FakeGrid({1: [bad(50, 5)], 2: [bad(2, 2)], 3: [good(4)]}, presence={1: [(0, 5)]})
+    replies(grid, [1, 2, 3], deadline=600, quorum=2)
+    assert grid.now == 600
+
+
+def test_a_node_that_returns_after_a_while_is_asked_again_while_others_still_work() -> None:
+    grid = FakeGrid({1: [bad(10, 5), good(8)], 2: [good(300)]}, presence={1: [(0, 5), (200, FOREVER)]})
+    assert answered(replies(grid, [1, 2], deadline=600, quorum=1)) == [1, 2]
 
 
 def test_a_node_that_restarted_is_asked_again_though_no_error_came() -> None:

@@ -17,7 +17,7 @@ from aggregators.core.registry import parse
 from client.tasks import SHIPPED
 from client.training import Training
 from server.app import federate
-from server.grid import Content, Reply
+from server.grid import Content, Reply, Terms
 from server.settings import Settings, from_run_config, overrides, to_run_config
 from server.telemetry import Telemetry
 
@@ -220,9 +220,7 @@ class Asleep:
     def nodes(self) -> list[int]:
         raise AssertionError("looked for clients")
 
-    def ask(
-        self, kind: str, content: Content, cohort: Sequence[int], deadline: float, newcomers: bool = True
-    ) -> Iterator[Reply]:
+    def ask(self, kind: str, content: Content, cohort: Sequence[int], terms: Terms) -> Iterator[Reply]:
         raise AssertionError("woke a client")
 
 

@@ -38,7 +38,7 @@ from aggregators.core.base import Aggregator
 from aggregators.core.exchange import Exchange, Fold, Round, collect
 from aggregators.core.update import ClientUpdate, GlobalModel, Merged, Moments, Request
 from client import wire
-from server.grid import Content, Reply
+from server.grid import Content, Reply, Terms
 from server.ledger import Unwritable
 from server.strategy import MergeStrategy, round_half_up
 from server.wire import decode
@@ -187,9 +187,7 @@ def test_nameless_clients_are_not_one_another(tmp_path: Path) -> None:
 class Twice(Hall):
     """A hall that delivers every reply twice."""
 
-    def ask(
-        self, kind: str, content: Content, cohort: Sequence[int], deadline: float, newcomers: bool = True
-    ) -> Iterator[Reply]:
+    def ask(self, kind: str, content: Content, cohort: Sequence[int], terms: Terms) -> Iterator[Reply]:
         for client_id in cohort:
             for _ in range(2):
                 yield self._reply(client_id, content(client_id))
@@ -333,10 +331,8 @@ def test_a_second_exchange_asks_those_who_answered_the_first(tmp_path: Path) -> 
 class Newcomer(Hall):
     """A hall in which a client that nobody asked answers every exchange too."""
 
-    def ask(
-        self, kind: str, content: Content, cohort: Sequence[int], deadline: float, newcomers: bool = True
-    ) -> Iterator[Reply]:
-        yield from super().ask(kind, content, [client for client in cohort if client != 4], deadline)
+    def ask(self, kind: str, content: Content, cohort: Sequence[int], terms: Terms) -> Iterator[Reply]:
+        yield from super().ask(kind, content, [client for client in cohort if client != 4], terms)
         yield self._reply(4, content(4))
 
 
@@ -370,12 +366,10 @@ class Own(Aggregator):
 class Replacing(Hall):
     """A hall that client 3 leaves after the first exchange: 4 is asked in its place, where a newcomer may be."""
 
-    def ask(
-        self, kind: str, content: Content, cohort: Sequence[int], deadline: float, newcomers: bool = True
-    ) -> Iterator[Reply]:
+    def ask(self, kind: str, content: Content, cohort: Sequence[int], terms: Terms) -> Iterator[Reply]:
         gone = bool(self.asked)
-        yield from super().ask(kind, content, [client for client in cohort if not gone or client != 3], deadline)
-        if gone and newcomers:
+        yield from super().ask(kind, content, [client for client in cohort if not gone or client != 3], terms)
+        if gone and terms.newcomers:
             yield self._reply(4, content(4))
 
 
