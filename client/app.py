@@ -16,7 +16,7 @@ from aggregators.core.flat import pack, unpack
 from aggregators.core.functional import evaluating
 from aggregators.core.registry import validated
 from aggregators.core.seed import derive_seed
-from aggregators.core.update import ClientUpdate, Tensors
+from aggregators.core.update import ClientUpdate, Request, Tensors
 
 from .statistics import measure
 from .task import Examples, Node, Task, is_private, load, parse, tensors
@@ -43,6 +43,7 @@ def respond(content: RecordDict, context: Context) -> RecordDict:
     _restore_private(task, model, context.state, asked.round)
     training, validation = task.data(context.node_config)
     _refuse_unfit_private(task, model, training)
+    _refuse_few(asked.request, training, context.node_config)
     metrics = evaluate(task, model, validation) if asked.evaluate and received is not None else {}
     log.info("round %d, %s: received model %s", asked.round, asked.exchange, _shown(metrics))
     if asked.exchange == "train":
@@ -131,6 +132,17 @@ def _refuse_unfit_private(task: Task, model: nn.Module, examples: Examples) -> N
             f"the model that was sent does not work with this client's private {', '.join(private)} ({error}): where"
             " widths differ, give what private parameters read the same width at every client"
         ) from error
+
+
+def _refuse_few(request: Request, examples: Examples, node: Node) -> None:
+    """ValueError where fewer examples would stand behind a statistic than this site's `min-examples`."""
+    limit = request.gradients.limit if request.gradients else None
+    behind, least = min(len(examples), limit or len(examples)), int(node.get("min-examples", 0))  # type: ignore[arg-type]
+    if request != Request() and behind < least:
+        raise ValueError(
+            f"this site gives statistics of {least} examples or more (min-examples), these would be of {behind}: ask"
+            " for more (max_grads), or for weights alone, as fedavg does"
+        )
 
 
 def _shown(metrics: dict[str, float]) -> str:

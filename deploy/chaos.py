@@ -92,7 +92,7 @@ class Chaos:
         kinds: dict[str, list[str]] = {}
         for name, process in self.federation.processes.items():
             kinds.setdefault(_kind(name), []).append(name)
-            if name.startswith("superexec") and _runs_app(process.pid):
+            if name.startswith("superexec") and runs_app(process.pid):
                 kinds.setdefault(APPS[_kind(name)], []).append(name)
         kind = self.draw.choice(sorted(kinds))
         return kind, self.draw.choice(sorted(kinds[kind]))
@@ -128,7 +128,7 @@ class Chaos:
                 self.say(f"round {round} finished {self.now() - struck:.1f} s after {victim} was killed")
 
 
-def _runs_app(executor: int) -> bool:
+def runs_app(executor: int) -> bool:
     """Whether that process has a child that runs; it leaves its dead ones unburied."""
     with suppress(psutil.NoSuchProcess):
         return any(child.status() != psutil.STATUS_ZOMBIE for child in psutil.Process(executor).children())

@@ -20,6 +20,8 @@ from typing import Any
 
 import psutil
 
+from server.settings import overrides
+
 QUIET = {  # only loopback is contacted
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -31,6 +33,7 @@ NAME = "fedbasin-local"  # of the SuperLink in Flower's configuration
 MARK = "FEDBASIN_STARTED_BY"  # in the environment of every process, which those that it starts inherit
 BIN = Path(sys.executable).parent
 START_SECONDS = 60.0  # for a process to listen
+ASK_PAUSE = 2.0  # seconds between questions to `flwr`, each of which takes a processor about as long
 STOP_SECONDS = 10.0  # for a process to end after SIGTERM
 RETURN_SECONDS = 150.0  # for a SuperNode with a key to be let in again: twice what it takes the SuperLink to miss it
 LET_IN = "SuperNode ID: "  # what a SuperNode logs then
@@ -225,7 +228,7 @@ class LocalFederation:
 
     def submit(self, app: Path, config: Mapping[str, Any]) -> str:
         """Starts a run of the app in folder `app`; its id. RuntimeError, with Flower's words, where it refuses."""
-        said = self._flwr("run", str(app), NAME, "-c", _overrides(config), "--format", "json")
+        said = self._flwr("run", str(app), NAME, "-c", overrides(config), "--format", "json")
         if "run-id" not in (answer := json.loads(said)):
             raise RuntimeError(f"flwr run: {said.strip()}")
         return str(answer["run-id"])
@@ -236,7 +239,7 @@ class LocalFederation:
         while not str((run := self.runs()[run_id])["status"]).startswith("finished"):
             if time.monotonic() > end:
                 raise TimeoutError(f"the run is {run['status']} after {timeout:g} s: see {self.folder}")
-            time.sleep(0.5)
+            time.sleep(ASK_PAUSE)
         return run
 
     def wait_for_log(self, process: str, text: str, timeout: float = 60) -> None:
@@ -332,12 +335,3 @@ def _marked(mark: str) -> list[psutil.Process]:
             if process.environ().get(MARK, "").startswith(mark):
                 found.append(process)
     return found
-
-
-def _overrides(config: Mapping[str, Any]) -> str:
-    """Flower's `-c` argument; strings in single quotes, so that JSON goes through."""
-    return " ".join(f"{key}={_literal(value)}" for key, value in config.items())
-
-
-def _literal(value: Any) -> str:
-    return f"'{value}'" if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""What a client answers, and says, when it is sent a model of other widths than its own."""
+"""What a client answers, and says: to a model of other widths than its own, to a request for too few examples."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from aggregators.core.exchange import Exchange, collect
+from aggregators.core.update import Gradients, Request
 from client.app import respond
 from client.task import Examples, Node, Task, tensors
-from server.wire import encode
+from server.wire import decode, encode
 
 
 class Wide(Task):
@@ -35,9 +36,9 @@ class PrivateHead(Wide):
     private: ClassVar[tuple[str, ...]] = ("2.*",)
 
 
-def sent(task: Task, round: int = 2) -> RecordDict:
+def sent(task: Task, round: int = 2, request: Request = Request()) -> RecordDict:
     """What asks a client to train the task's model."""
-    exchange = Exchange(task="train", params=tensors(task.model(), task.private), fold=collect)
+    exchange = Exchange(task="train", params=tensors(task.model(), task.private), request=request, fold=collect)
     kind = f"{__name__}:{type(task).__name__}"
     return encode(exchange, {"task": kind, "training": {}, "seed": 0, "round": round, "evaluate": False})(1)
 
@@ -66,3 +67,25 @@ def test_an_option_that_a_client_may_not_set_is_refused_with_the_remedy() -> Non
         ValueError, match=r"^task\.num: a client .* hidden of Wide: remove it from the node configuration$"
     ):
         Wide().at({"task.num": 3})
+
+
+@pytest.mark.parametrize(
+    "request_", [Request(gram=True), Request(gradients=Gradients(squares=True)), Request(class_counts=True)]
+)
+def test_a_site_gives_no_statistics_of_fewer_examples_than_its_floor(request_: Request) -> None:
+    with pytest.raises(
+        ValueError, match=r"statistics of 7 examples or more \(min-examples\), these would be of 6: ask"
+    ):
+        respond(sent(Wide(), request=request_), client(**{"min-examples": 7}))
+    respond(sent(Wide(), request=request_), client(**{"min-examples": 6}))
+
+
+def test_a_request_for_the_gradients_of_few_examples_is_under_a_sites_floor_too() -> None:
+    few = Request(gradients=Gradients(squares=True, limit=2))
+    with pytest.raises(ValueError, match=r"these would be of 2"):
+        respond(sent(Wide(), request=few), client(**{"min-examples": 6}))
+
+
+def test_weights_alone_are_sent_however_few_examples_a_site_has() -> None:
+    reply = decode(respond(sent(Wide()), client(**{"min-examples": 7})), client_id=1)
+    assert reply.params.keys() == tensors(Wide().model()).keys()

@@ -1,6 +1,6 @@
 """Faults, one each, in federations of real processes: the model is that of the undisturbed run, to the bit.
 
-Or a round is lost, which its record says. docs/faults.md tells an operator the same, with the times that it takes.
+Or a round is lost, which its record says. docs/operations.md tells an operator the same, with the times that it takes.
 """
 
 import json

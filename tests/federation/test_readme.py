@@ -1,4 +1,4 @@
-"""Every code block of the README is run, in its order, in a copy of the project, as a reader would."""
+"""The README's commands, programs and files are run, in their order, in a copy of the project, as a reader would."""
 
 import os
 import re
@@ -27,6 +27,11 @@ class Block(NamedTuple):
     text: str
 
 
+RUN = (
+    "bash",
+    "python",
+    "toml",
+)  # `sh` takes an engine for containers: deploy/smoke.sh runs it; `text` is what is printed
 BLOCKS = [Block(*match) for match in FENCE.findall((ROOT / "README.md").read_text())]
 
 
@@ -107,7 +112,7 @@ class Reader:
 def test_the_readme_has_the_blocks_that_its_sections_need() -> None:
     kinds = [(block.language, block.info == "terminal") for block in BLOCKS]
     assert kinds.count(("bash", True)) == 3
-    assert {block.language for block in BLOCKS} == {"bash", "python", "toml"}
+    assert {block.language for block in BLOCKS} == {*RUN, "sh", "text"}
 
 
 def test_a_task_of_ones_own_takes_20_lines() -> None:
@@ -117,14 +122,14 @@ def test_a_task_of_ones_own_takes_20_lines() -> None:
 
 def test_the_readmes_python_blocks_run(reader: Reader) -> None:
     for block in BLOCKS:
-        if block.language != "bash":
+        if block.language in ("python", "toml"):
             reader.follow(block)
 
 
 @pytest.mark.slow
 def test_every_block_of_the_readme_runs_in_its_order(reader: Reader) -> None:
     reader.environment["PYTEST_ADDOPTS"] = "--collect-only -q"  # of `make test`, all but the tests themselves
-    for block in BLOCKS:
+    for block in (block for block in BLOCKS if block.language in RUN):
         if "pytest" in block.text:
             del reader.environment["PYTEST_ADDOPTS"]
         reader.follow(block)
