@@ -1,4 +1,5 @@
-# Every target sets itself up: `make demo` on a machine with Python 3.11 or newer, make and a C compiler is enough.
+# Every target sets itself up: `make demo` on a machine with Python 3.11 or newer, make and a C compiler is enough;
+# tests, chaos and demo-tls call openssl and ssh-keygen too.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin

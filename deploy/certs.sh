@@ -4,7 +4,8 @@
 #
 # FOLDER is deploy/certs, SITES 3 unless given; each NAME is a host name or an address by which clients call the
 # SuperLink, beside localhost, 127.0.0.1, ::1 and superlink. What exists is kept, a key is never written over: to renew
-# a certificate, or give it other names, remove server.crt and run this again with all its names.
+# a certificate, or give it other names, remove server.crt and run this again with all its names. ca.key may be kept
+# elsewhere, and ca.crt, server.crt and server.key be another authority's: then the NAMEs given are looked for in it.
 set -eu
 umask 077
 
@@ -58,6 +59,7 @@ publish() { # MODE NAME
 
 authority() {
   [ -e "$folder/ca.crt" ] && return
+  tls_key ca.key
   cat >"$new/ca.conf" <<-'END'
 	[req]
 	prompt = no
@@ -81,7 +83,10 @@ alternatives() { # NAME ...
 }
 
 server() { # NAME ...
-  names=$(alternatives "$@")
+  [ -e "$folder/server.crt" ] && return
+  [ -e "$folder/ca.key" ] || fail "$folder/ca.key is missing, which is to sign server.crt: put it back until it has"
+  tls_key server.key
+  names=$(alternatives localhost superlink 127.0.0.1 ::1 "$@")
   cat >"$new/server.conf" <<-END
 	basicConstraints = critical, CA:FALSE
 	keyUsage = critical, digitalSignature
@@ -100,8 +105,11 @@ server() { # NAME ...
 
 refuse_unless_good() { # NAME ...
   renew="remove $folder/server.crt, then run this again"
-  openssl verify -CAfile "$folder/ca.crt" "$folder/server.crt" >/dev/null 2>&1 ||
+  openssl verify -CAfile "$folder/ca.crt" -untrusted "$folder/server.crt" "$folder/server.crt" >/dev/null 2>&1 ||
     fail "$folder/server.crt is not of $folder/ca.crt, or has expired: $renew"
+  openssl pkey -in "$folder/server.key" -pubout 2>/dev/null >"$new/of-key" || true
+  openssl x509 -in "$folder/server.crt" -noout -pubkey | cmp -s - "$new/of-key" ||
+    fail "$folder/server.key is not that of $folder/server.crt: put it back, or $renew"
   for name in "$@"; do
     check=-checkhost
     if is_address "$name"; then check=-checkip; fi
@@ -112,7 +120,7 @@ refuse_unless_good() { # NAME ...
 
 site_key() { # NUMBER
   key=$folder/keys/site-$1
-  [ -e "$key" ] && return
+  if [ -e "$key" ] || [ -e "$key.pub" ]; then return; fi # a site that has its own host sends the public half only
   ssh-keygen -q -t ecdsa -b 384 -N '' -C "site-$1" -f "$new/site"
   chmod 644 "$new/site.pub"
   mv "$new/site.pub" "$key.pub"
@@ -120,12 +128,9 @@ site_key() { # NUMBER
   echo "made $key and $key.pub"
 }
 
-tls_key ca.key
-tls_key server.key
 secret
 authority
-set -- localhost superlink 127.0.0.1 ::1 "$@"
-[ -e "$folder/server.crt" ] || server "$@"
+server "$@"
 refuse_unless_good "$@"
 number=0
 while [ "$number" -lt "$sites" ]; do

@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class Chaos:
     run_id: str = field(init=False)
     folder: Path = field(init=False)
     open: dict[str, tuple[int, float]] = field(init=False, default_factory=dict)  # kills in an unfinished round
+    hits: Counter[str] = field(init=False, default_factory=Counter)  # kills, by kind
     recoveries: dict[str, list[float]] = field(init=False, default_factory=dict)  # seconds, by what was killed
 
     def run(self) -> None:
@@ -88,13 +90,15 @@ class Chaos:
             self._resume()
 
     def _victim(self) -> tuple[str, str]:
-        """What to kill, each kind as likely as the others, and the process that runs it."""
+        """What to kill, of a kind that was killed least often, and the process that runs it."""
         kinds: dict[str, list[str]] = {}
         for name, process in self.federation.processes.items():
             kinds.setdefault(_kind(name), []).append(name)
             if name.startswith("superexec") and runs_app(process.pid):
                 kinds.setdefault(APPS[_kind(name)], []).append(name)
-        kind = self.draw.choice(sorted(kinds))
+        fewest = min(self.hits[kind] for kind in kinds)
+        kind = self.draw.choice(sorted(kind for kind in kinds if self.hits[kind] == fewest))
+        self.hits[kind] += 1
         return kind, self.draw.choice(sorted(kinds[kind]))
 
     def _resume(self) -> None:

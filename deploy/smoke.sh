@@ -33,7 +33,6 @@ finish() {
 
 certificates() { # owned by whom the containers run as, which is not root
   deploy/certs.sh -d "$CERTS" -n 3 >>"$scratch/said"
-  [ -e "$CERTS/superexec.secret" ] || (umask 077 && openssl rand -hex 32 >"$CERTS/superexec.secret")
   if [ "$(id -u)" = 0 ]; then chown -R "${USER_ID:=1000}" "$scratch"; else USER_ID=$(id -u); fi
   export USER_ID
 }
@@ -85,13 +84,17 @@ say "3 clients are online"
 run=$(cli flwr run . --format json -c "rounds=2 min-clients=2 quorum=2 deadline=120 evaluate=false training.epochs=5" | grep '"run-id"' | tr -cd 0-9)
 say "flwr run: run $run"
 within 300 has_finished 1
-say "round 1: $(told 1)"
+told=$(told 1)
+say "round 1: $told"
 victim=$(compose ps --quiet supernode | head -n 1)
 "$ENGINE" kill "$victim" >>"$scratch/said"
 say "killed client $(printf %.12s "$victim")"
 within 300 has_finished 2
-say "round 2: $(told 2)"
+told=$(told 2)
+say "round 2: $told"
+[[ $told = *' 2 replies '* ]] || { say "two replies were expected"; exit 1; }
 within 120 has_ended
 say "the run has finished; on the volume:"
 server ls -l "runs/$run"
-say "$(server python3 -c "$load" "runs/$run/round-0002.safetensors")"
+loaded=$(server python3 -c "$load" "runs/$run/round-0002.safetensors")
+say "$loaded"

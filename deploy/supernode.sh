@@ -24,14 +24,18 @@ take_a_site() {
   fail "all $sites sites of $folder are taken: raise CLIENTS in .env, and make keys for as many"
 }
 
+stop() { # STATUS
+  kill %1 %2 2>/dev/null || true
+  wait
+  exit "$1"
+}
+
 take_a_site
 if [ -s "$site" ]; then set -- "$@" --auth-supernode-private-key "$site"; fi
-trap 'kill $(jobs -p); wait; exit 0' TERM INT
+trap 'stop 0' TERM INT
 flower-supernode "$@" --isolation process --host 127.0.0.1 --port 9094 \
   --node-config "name=\"site-$number\" partition-id=$number num-partitions=$sites" &
 flower-superexec --insecure --runtime-api-address 127.0.0.1:9094 &
 ended=0
 wait -n || ended=$?
-kill $(jobs -p) 2>/dev/null || true
-wait
-exit "$ended"
+stop "$ended"

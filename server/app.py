@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import nn
 from aggregators.core.base import Aggregator
 from aggregators.core.exchange import Exchange
 from aggregators.core.fitting import fit, refuse_unless_resizable
+from aggregators.core.registry import parse as method
 from aggregators.core.registry import validated
 from aggregators.core.seed import derive_seed
 from aggregators.core.symmetry import Symmetry
@@ -75,9 +77,10 @@ def federate(
         model = replace(model, symmetry=symmetry(task, model))
     widths = _widths(task, model, settings, telemetry)
     _refuse_unless_able(settings.aggregator, task, settings, model)
-    with _ending(telemetry, str(folder)), ledger.held():
+    with _ending(telemetry, ledger), ledger.held():
+        _refuse_another_run(ledger, settings)
         model = ledger.restore(model, widths is not None)
-        _refuse_unless_able(settings.aggregator, task, settings, model)
+        _drop_what_others_asked(ledger, settings, model.round + 1)
         _note(ledger, settings, nodes)
         size = sum(tensor.numel() for tensor in model.params.values())
         rounds = range(model.round + 1, settings.rounds + 1)
@@ -87,23 +90,52 @@ def federate(
 
 
 @contextmanager
-def _ending(telemetry: Telemetry, folder: str) -> Iterator[None]:
+def _ending(telemetry: Telemetry, ledger: Ledger) -> Iterator[None]:
     """Says how to go on with a run that ends before its last round."""
     try:
         yield
     except Unwritable as error:
-        remedy = f"mend that (a full disk: make room), then {resuming(folder)}"
-        raise Unwritable(f"{error}: every finished round is whole: {remedy}") from None
+        again = resuming(str(ledger.folder)) if ledger.noted("settings") else "start it again"
+        raise Unwritable(
+            f"{error}: all that was finished is whole: mend that (a full disk: make room), then {again}"
+        ) from None
     except Parked:
-        telemetry.parked(folder)
+        telemetry.parked(str(ledger.folder))
         raise
+
+
+def _refuse_another_run(ledger: Ledger, settings: Settings) -> None:
+    """ValueError, in one line, where the folder holds a run that is not to be resumed, or one of something else."""
+    if not settings.resume and ledger.begun():
+        raise ValueError(f"{ledger.folder} holds a run: {resuming(str(ledger.folder))}, or take another folder")
+    for key in _changed(ledger, settings, "task", "aggregator"):
+        was = json.dumps(ledger.noted("settings")[key])
+        raise ValueError(f"resume = {settings.resume!r}: its {key} is {was}: give the same, or start a new run")
+
+
+def _drop_what_others_asked(ledger: Ledger, settings: Settings, round: int) -> None:
+    """Kept replies to what this run would not have asked are dropped, and the round says so."""
+    if changed := _changed(ledger, settings, "seed", "start", "training"):
+        ledger.drop_replies(round, f"the replies kept were dropped: {', '.join(changed)} changed when it was resumed")
+
+
+def _changed(ledger: Ledger, settings: Settings, *keys: str) -> list[str]:
+    """Which of these settings are others than those that the folder's run has had."""
+    now = _noted(settings)
+    before = {**now, **ledger.noted("settings")}
+    before["aggregator"] = method(before["aggregator"]).model_dump(mode="json")  # with the defaults of what is new
+    return [key for key in keys if before[key] != now[key]]
+
+
+def _noted(settings: Settings) -> dict[str, Any]:
+    return settings.model_dump(mode="json", by_alias=True)
 
 
 def _note(ledger: Ledger, settings: Settings, nodes: Sequence[Node] | None) -> None:
     """Notes what it takes to resume the run."""
-    ledger.note("settings", settings.model_dump(mode="json", by_alias=True))
     if nodes is not None:
         ledger.note("nodes", {"nodes": [dict(node) for node in nodes]})
+    ledger.note("settings", _noted(settings))
 
 
 def _checked_task(settings: Settings) -> Task:

@@ -18,7 +18,7 @@ from server import catalogue, groups, loopback
 from server.app import movable
 from server.ledger import Ledger, Unwritable
 from server.parking import Parked, Parking
-from server.settings import from_run_config, overrides, to_run_config
+from server.settings import overrides, to_run_config
 from server.telemetry import console_for_output
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -83,11 +83,11 @@ def resume(
 ) -> None:
     """Goes on with a run: here where its clients were simulated here, else as a new run of a Flower federation."""
     ledger = Ledger(Path(folder).resolve())
-    if ledger.noted("nodes") or not ledger.noted("settings"):
+    if ledger.noted("nodes") or not (noted := ledger.noted("settings")):
         with _stopping(resumable=True) as parking:
             loopback.resume(folder, parking)
         return
-    config = to_run_config(from_run_config({**ledger.noted("settings"), "resume": str(ledger.folder)}))
+    config = to_run_config({**noted, "resume": str(ledger.folder)})
     command = ["run", bundle, federation or "FEDERATION", "-c", overrides(config)]
     if not federation:
         typer.echo(f"its clients are a federation's; name it, or:\nflwr {shlex.join(command)}")

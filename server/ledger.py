@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +29,9 @@ from .telemetry import one_line
 
 log = logging.getLogger("flwr.fedbasin")
 
+REPLY = re.compile(r"\d+-\d+-\d+")  # round, exchange, number
 BEGUN = "replies/begun"  # the note of an unfinished round
+PARTIAL = ("*.json.partial", "round-*.safetensors.partial", "replies/*.partial")  # what a crash leaves half-written
 UNREADABLE = (SafetensorError, OSError, LookupError, TypeError, ValueError)  # what a damaged file raises
 
 
@@ -59,9 +62,12 @@ class Ledger:
         with _told(f"lock {self.folder}"):
             lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            self._lock(lock)
-            for partial in self.folder.rglob("*.partial"):
-                partial.unlink()
+            with _told(f"lock {self.folder}"):
+                self._lock(lock)
+            with _told(f"clear {self.folder} of what a crash has left"):
+                for name in PARTIAL:
+                    for partial in self.folder.glob(name):
+                        partial.unlink()
             yield
         finally:
             os.close(lock)
@@ -81,17 +87,27 @@ class Ledger:
         """Writes θ and memory, then the record with their checksum; then forgets replies and the oldest models."""
         state = {"params": model.params, "memory": model.memory}
         outline = {"outline": json.dumps(_outline(state))}
-        data = _safetensors(dict(_tensors(state)), outline)
+        data = _safetensors({name: tensor.clone() for name, tensor in _tensors(state)}, outline)
         _write(self._model(model.round), data)
         self.note(self._record(model.round).stem, {**record, "sha256": hashlib.sha256(data).hexdigest()})
         self.forget_replies()
-        for old in [round for round in self._rounds("safetensors") if round <= model.round][: -self.checkpoints]:
-            self._model(old).unlink()
+        with _told(f"remove the oldest models of {self.folder}"):
+            for old in [round for round in self._rounds("safetensors") if round <= model.round][: -self.checkpoints]:
+                self._model(old).unlink()
 
     def forget_replies(self) -> None:
-        """Drops the kept replies: what they were for is finished."""
-        shutil.rmtree(self._replies, ignore_errors=True)
+        """Drops the kept replies, the last one first: whatever stops it, those that are left stand on each other."""
+        with suppress(OSError):
+            for path in reversed(self._kept("*")):
+                path.unlink()
+            shutil.rmtree(self._replies)
         self._number = None
+
+    def drop_replies(self, round: int, reason: str) -> None:
+        """The same, of a round that was begun, which is told of it in its history."""
+        if begun := self._begun(round):
+            self.forget_replies()
+            self.begin(round, [], [*begun["history"], reason])
 
     def note(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes `name`.json."""
@@ -107,6 +123,10 @@ class Ledger:
     def latest(self) -> int | None:
         """The last finished round whose model is kept; None in a new run."""
         return max(self._finished(), default=None)
+
+    def begun(self) -> bool:
+        """Whether a round was finished or begun here."""
+        return bool(self._rounds("json") or self.noted(BEGUN))
 
     def _finished(self) -> list[int]:
         return sorted(set(self._rounds("safetensors")) & set(self._rounds("json")))
@@ -154,6 +174,11 @@ class Ledger:
         """The clients with which the round was begun before; none where it was not."""
         return {int(client) for client in self._begun(round).get("cohort", [])}
 
+    def answered(self, round: int) -> dict[int, str]:
+        """The names of the clients whose replies to the round's first exchange are kept, by id."""
+        headers = (_header(path) for path in self._kept(f"{round:04d}-00-*"))
+        return {int(header["client_id"]): str(header["name"]) for header in headers if header}
+
     def history(self, round: int) -> list[str]:
         """Why the round is begun again, a line for each time; empty where it was not begun before."""
         if begun := self._begun(round):
@@ -195,8 +220,9 @@ class Ledger:
                 update = _read(path)
             except UNREADABLE as error:
                 log.warning("the kept reply %s cannot be read, its client is asked again: %s", path.name, error)
-                for later in self._after(round, exchange):
-                    later.unlink()
+                with _told(f"remove the replies that stand on {path}"):
+                    for later in self._after(round, exchange):
+                        later.unlink()
                 continue
             yield update
             del update
@@ -210,7 +236,8 @@ class Ledger:
         return [path for path in self._kept(f"{round:04d}-*") if int(path.stem.split("-")[1]) > exchange]
 
     def _kept(self, names: str) -> list[Path]:
-        return sorted(self._replies.glob(f"{names}.safetensors"))
+        """The replies of such names, in order; a file that someone copied beside them is none."""
+        return sorted(path for path in self._replies.glob(f"{names}.safetensors") if REPLY.fullmatch(path.stem))
 
     @property
     def _replies(self) -> Path:
@@ -247,10 +274,10 @@ def _write(path: Path, data: bytes) -> None:
 
 def _make(folder: Path) -> None:
     """Makes the folder, and its name lasting in the one that it is in; Unwritable where that fails."""
-    if folder.is_dir():
-        return
-    _make(folder.parent)
     with _told(f"make {folder}"):
+        if folder.is_dir():
+            return
+        _make(folder.parent)
         folder.mkdir(exist_ok=True)
         _sync(folder.parent)
 
@@ -260,6 +287,8 @@ def _told(deed: str) -> Iterator[None]:
     """Says in words, as Unwritable, what the operating system refused to do."""
     try:
         yield
+    except Unwritable:
+        raise
     except OSError as error:
         raise Unwritable(f"cannot {deed}: {error.strerror or error}") from error
 
@@ -274,7 +303,17 @@ def _sync(folder: Path) -> None:
 
 
 def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
-    return save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, metadata)
+    """The file's bytes; no two of the tensors may share their storage."""
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """What a kept reply says beside its tensors; empty where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(json.loads(file.metadata()["header"]))
+    except UNREADABLE:
+        return {}
 
 
 def _read(path: Path) -> ClientUpdate:

@@ -102,8 +102,10 @@ def resume(folder: str | Path, parking: Parking | None = None) -> Run:
     """
     ledger = Ledger(place := Path(folder).resolve())
     settings, noted = ledger.noted("settings"), ledger.noted("nodes")
-    if not settings or not noted:
-        raise ValueError(f"{folder}: no run of clients in one process: give the folder that it was started with")
+    if not settings:
+        raise ValueError(f"{folder}: no run there, or its settings.json is damaged: give a run's folder")
+    if not noted:
+        raise ValueError(f"{folder}: its clients are a federation's: fedbasin resume {folder} FEDERATION")
     return _federation(from_run_config({**settings, "resume": str(place)}), noted["nodes"], place, parking)
 
 

@@ -25,7 +25,7 @@ class Parked(BaseException):
 class Parking:
     """Whether a run was told to stop; it does so where it waits, so that a reply in hand is kept, a merge finished."""
 
-    told: int = 0  # the signal that came
+    told: int = 0  # the signal that came last
     _waiting: bool = False
     _before: dict[int, Any] = field(default_factory=dict)  # what each signal did
 
@@ -33,10 +33,12 @@ class Parking:
     def signals(self) -> Iterator[None]:
         """Within it SIGTERM and SIGINT park the run, and a second one does at once what it did before.
 
-        Signals reach the main thread alone: in another they are left as they are.
+        Signals reach the main thread alone: in another they are left as they are, and so is one that is ignored, as
+        SIGINT is in what a shell has put into the background.
         """
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._tell) or signal.SIG_DFL for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._tell) or signal.SIG_DFL for number in heard}
         try:
             yield
         finally:
@@ -58,6 +60,6 @@ class Parking:
         if self.told:
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
-        self.told = self.told or number
+        self.told = number
         if self._waiting:
-            raise Parked(self.told)
+            raise Parked(number)

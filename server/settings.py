@@ -76,11 +76,11 @@ def from_run_config(config: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def to_run_config(settings: Settings) -> dict[str, Any]:
-    """The inverse: flat, of text, numbers and booleans, as Flower has it."""
-    flat = {**settings.model_dump(mode="json", by_alias=True), "aggregator": settings.aggregator.model_dump_json()}
-    training = flat.pop("training")
-    return {**flat, **{f"{TRAINING}{key}": value for key, value in training.items()}}
+def to_run_config(noted: Mapping[str, Any]) -> dict[str, Any]:
+    """What `model_dump` makes of Settings as text, numbers and booleans under flat keys, as Flower has it."""
+    training = {f"{TRAINING}{key}": value for key, value in noted["training"].items()}
+    others = {key: value for key, value in noted.items() if key != "training"}
+    return {**others, "aggregator": json.dumps(noted["aggregator"]), **training}
 
 
 def overrides(config: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -62,7 +62,6 @@ class MergeStrategy:
         final = self._evaluated(model) if self.settings.evaluate else {}
         seconds = time.perf_counter() - start
         self.ledger.note("evaluation", {"round": model.round, "clients": final, "seconds": seconds})
-        self.ledger.forget_replies()
         self.telemetry.summary(self.ledger.records(), final)
         return model, final
 
@@ -98,20 +97,24 @@ class MergeStrategy:
 
     def _begin(self, round: int) -> None:
         """Draws the cohort, and notes that the round has begun."""
-        self._online, self._keeping = self._connected(), True
-        self._cohort = self._sample(round)
-        self._keep(self.ledger.begin, round, self._cohort, self._record.history)
+        answered = self.ledger.answered(round)
+        known = {client for client, name in answered.items() if name or self.ledger.closed(round, 0)}
+        self._online, self._keeping = self._connected(known), True
+        away = known - {*self._online}
+        self._cohort = self._sample(round, len(away))
+        self._keep(self.ledger.begin, round, sorted({*self._cohort, *away}), self._record.history)
 
-    def _sample(self, round: int) -> list[int]:
+    def _sample(self, round: int, away: int) -> list[int]:
         """The round's cohort: a fraction of the connected clients, drawn by run seed and round.
 
-        A round that was begun before goes on with those of its cohort who are here, and others for the rest.
+        A round that was begun before goes on with those of its cohort who are here, and others for the rest, but for
+        those who are away and have answered.
         """
         nodes, before = self._online, self.ledger.cohort(round)
         size = max(1, self.settings.quorum, len(before) or round_half_up(self.settings.fraction * len(nodes)))
         here, others = [node for node in nodes if node in before], [node for node in nodes if node not in before]
         draw = random.Random(derive_seed(self.settings.seed, round, "cohort"))
-        return sorted(here + draw.sample(others, min(max(0, size - len(here)), len(others))))
+        return sorted(here + draw.sample(others, min(max(0, size - len(here) - away), len(others))))
 
     def _keep(self, keep: Callable[..., None], *what: Any) -> None:
         """Keeps it in the ledger; where that cannot be, gives the round's kept replies up, which makes room."""
@@ -126,11 +129,13 @@ class MergeStrategy:
             with suppress(Unwritable):
                 self.ledger.begin(self._record.round, self._cohort, self._record.history)
 
-    def _connected(self) -> list[int]:
+    def _connected(self, answered: Collection[int] = ()) -> list[int]:
+        """Who is connected, once they and those who have answered already are as many as a round needs."""
         end = time.monotonic() + self.settings.deadline
         while True:
             with self.parking.waiting():
-                if len(nodes := self.transport.nodes()) >= self.settings.min_clients:
+                nodes = self.transport.nodes()
+                if len({*nodes, *answered}) >= self.settings.min_clients:
                     return nodes
                 if time.monotonic() > end:
                     raise LostRound(
@@ -141,6 +146,8 @@ class MergeStrategy:
 
     def _evaluated(self, model: GlobalModel) -> dict[str, float | None]:
         record = self._record = RoundRecord(model.round)
+        self._keeping = False  # a reply here changes no model
+        self.ledger.forget_replies()
         try:
             self._online = self._cohort = self._connected()
             asked = Exchange(task="evaluate", params=model.params, fold=collect)
@@ -255,7 +262,7 @@ class MergeStrategy:
         stand on takes no more replies, and keeps those that it has.
         """
         unknown = kept.client_id not in self._online and not kept.name
-        if unknown and not self._record.exchanges[1:] and not self.ledger.closed(round, 0):
+        if unknown and not self.ledger.closed(round, 0):
             raise Rejected("its kept reply is dropped: it is gone, and without a name may be back under another id")
         return kept
 

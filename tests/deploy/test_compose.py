@@ -17,10 +17,11 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deploy.healthcheck import serving
+from deploy.healthcheck import ADDRESS, serving
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
+DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE)["services"]
 LASTING = {name: service for name, service in SERVICES.items() if service.get("restart")}
@@ -31,6 +32,12 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 def options(name: str) -> str:
     command = SERVICES[name]["command"]
     return command if isinstance(command, str) else " ".join(command)
+
+
+def filled_in(text: str, **settings: str) -> str:
+    """The text as compose reads it with these settings, for the two forms of a variable that concern a pinned app."""
+    text = re.sub(r"\$\{(\w+):\+([^}]*)\}", lambda found: found[2] if settings.get(found[1]) else "", text)
+    return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda found: settings.get(found[1]) or found[2], text)
 
 
 def of_profile(profile: str) -> list[str]:
@@ -83,6 +90,19 @@ def test_what_runs_an_app_on_a_clients_host_has_its_data_but_neither_key_nor_way
     assert "volumes" not in SERVICES["client"]
 
 
+@pytest.mark.parametrize("executor", ["clientapp", "clientapp-gpu"])
+def test_where_an_app_is_pinned_the_executor_finds_the_pinning_program_and_no_other(executor: str) -> None:
+    copied = re.search(r"^COPY deploy/pinned.py (\S+)/flwr-clientapp$", DOCKERFILE, re.MULTILINE)
+    assert copied
+    assert filled_in(options(executor), REVIEWED="./app").startswith(f"env PATH={copied[1]} /opt/fedbasin/bin/")
+    volumes = [filled_in(volume, REVIEWED="./app") for volume in SERVICES[executor]["volumes"]]
+    assert f"./app:{copied[1]}/app:ro" in volumes
+
+
+def test_unless_an_app_is_pinned_the_executor_has_the_images_path() -> None:
+    assert filled_in(options("clientapp")).split()[:2] == ["env", "/opt/fedbasin/bin/flower-superexec"]
+
+
 def test_secrets_are_files() -> None:
     assert all(set(secret) == {"file"} for secret in yaml.safe_load(COMPOSE)["secrets"].values())
 
@@ -104,19 +124,14 @@ def test_all_but_commands_are_restarted_and_asked_for_their_health() -> None:
     for name, service in LASTING.items():
         assert service["restart"] == "always"
         assert service["healthcheck"]["test"] == ["CMD-SHELL", "python3 /opt/fedbasin/deploy/healthcheck.py"]
-        assert "--health-server-address" in options(name)
+        assert f"--health-server-address {ADDRESS}" in options(name).replace("=", " ")
 
 
-def test_the_superlink_survives_a_kill() -> None:
+def test_the_superlinks_state_is_on_a_volume_and_its_apps_run_elsewhere() -> None:
     for name in ("superlink", "superlink-plaintext"):
         assert "--isolation process" in options(name)
         assert "--database state/superlink.db" in options(name)
         assert any(volume.endswith(":/var/lib/fedbasin/state") for volume in SERVICES[name]["volumes"])
-
-
-@pytest.mark.parametrize("name", ["serverapp", "serverapp-gpu", "serverapp-plaintext", "cli", "cli-plaintext"])
-def test_models_and_records_are_on_a_volume(name: str) -> None:
-    assert SERVICES[name]["volumes"] == ["runs:/var/lib/fedbasin/runs"]
 
 
 def test_what_is_to_compute_on_gpus_has_them() -> None:
@@ -130,32 +145,26 @@ def test_what_is_to_compute_on_gpus_has_them() -> None:
 def test_the_example_of_settings_names_every_one_with_its_default() -> None:
     example = (ROOT / ".env.example").read_text()
     for name, default in re.findall(r"\$\{(\w+):?-([^}]*)\}", COMPOSE):
-        if name not in {"TORCH_CUDA", "SUPERLINK", "NODE_CONFIG"}:
-            assert re.search(rf"^#?{name}={re.escape(default)}(\s|$)", example, re.MULTILINE), name
-        assert f"{name}=" in example
+        said = "" if default == "/dev/null" else default  # nothing is mounted
+        assert re.search(rf"^#?{name}={re.escape(said)}(\s|$)", example, re.MULTILINE), name
 
 
 # --- the image --------------------------------------------------------------------------------
 
 
 def test_the_image_stands_on_a_base_pinned_by_digest_and_on_the_lock() -> None:
-    dockerfile = (DEPLOY / "Dockerfile").read_text()
-    assert re.search(r"^ARG BASE=python:3\.11\.\d+-slim-\w+@sha256:[0-9a-f]{64}$", dockerfile, re.MULTILINE)
-    assert re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE) == ["${BASE}"] * 2
-    installs = re.findall(r"pip install(?:.|\\\n)*?(?=&&|\n[A-Z])", dockerfile)
+    assert re.search(r"^ARG BASE=python:3\.11\.\d+-slim-\w+@sha256:[0-9a-f]{64}$", DOCKERFILE, re.MULTILINE)
+    assert re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE) == ["${BASE}"] * 2
+    installs = re.findall(r"pip install(?:.|\\\n)*?(?=&&|\n[A-Z])", DOCKERFILE)
     assert installs
     assert all("constraint requirements.lock" in install for install in installs)
-
-
-def test_the_image_runs_as_a_user_without_privileges() -> None:
-    assert (DEPLOY / "Dockerfile").read_text().splitlines()[-1] == "USER ${USER_ID}"
-    assert re.search(r"^ARG USER_ID=[1-9]\d*$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
 
 
 def test_no_certificate_key_or_record_goes_into_an_image() -> None:
     first, *kept = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
     assert first == "*"
-    assert not any(re.fullmatch(r"!deploy(/certs.*)?|!runs.*|!\.env.*", line) for line in kept)
+    assert not any(re.match(r"!(runs|\.env)", line) for line in kept)
+    assert all(re.fullmatch(r"!deploy/[\w*]+\.(sh|toml|py)", line) for line in kept if line.startswith("!deploy"))
 
 
 # --- the health check -------------------------------------------------------------------------
@@ -272,11 +281,35 @@ def test_a_site_ends_with_either_of_its_processes(tmp_path: Path, scripts: Scrip
     assert scripts.start("supernode.sh", tmp_path, 1).wait(10) == 3
 
 
-def test_a_key_that_is_registered_already_stays_so(tmp_path: Path, scripts: Scripts) -> None:
+def test_told_to_stop_an_executor_waits_until_its_serverapps_have_parked(tmp_path: Path, scripts: Scripts) -> None:
+    scripts.stand_in("flower-superexec", "flwr-serverapp & exec sleep 60")
+    park = f"sleep 0.5; kill -0 $PPID && echo parked >{tmp_path}/said; exit"
+    scripts.stand_in("flwr-serverapp", f"trap '{park}' TERM; echo ready; while :; do sleep 0.1; done")
+    process = scripts.start("serverapp.sh")
+    assert first_line(process) == "ready\n"
+    process.terminate()
+    assert process.wait(10) == 0
+    assert (tmp_path / "said").read_text() == "parked\n"
+
+
+def test_without_a_serverapp_an_executor_stops_at_once(scripts: Scripts) -> None:
+    scripts.stand_in("flower-superexec", "echo $@; exec sleep 60")
+    process = scripts.start("serverapp.sh", "--insecure")
+    assert first_line(process) == "--insecure\n"
+    process.terminate()
+    assert process.wait(10) == 0
+
+
+def test_an_executor_that_fails_ends_its_container(scripts: Scripts) -> None:
+    scripts.stand_in("flower-superexec", "exit 3")
+    assert scripts.start("serverapp.sh").wait(10) == 3
+
+
+def test_a_key_that_was_registered_before_stays_as_it_is(tmp_path: Path, scripts: Scripts) -> None:
     scripts.stand_in("flwr", 'echo "Public key already in use"; exit 1')
     (tmp_path / "site-0.pub").touch()
     process = scripts.start("register.sh", tmp_path)
-    assert (process.communicate(timeout=10)[0], process.returncode) == ("site-0 is registered\n", 0)
+    assert (process.communicate(timeout=10)[0], process.returncode) == ("site-0 was registered before\n", 0)
 
 
 def test_a_key_that_cannot_be_registered_fails_after_the_others(tmp_path: Path, scripts: Scripts) -> None:

@@ -57,6 +57,10 @@ class Site(LocalFederation):
         """Whether client `number` does so now, or has done so."""
         return (self.orders / f"site-{number}.obeyed").exists()
 
+    def answers(self, number: int) -> list[int]:
+        """The rounds of the answers that client `number` has given."""
+        return [int(round) for round in (self.orders / f"site-{number}.answers").read_text().split()]
+
     def let_go(self, number: int) -> None:
         """Client `number`, bidden to stay, replies."""
         (self.orders / f"site-{number}.obeyed").unlink()
@@ -211,7 +215,7 @@ def test_a_disk_full_at_a_checkpoint_ends_the_run_in_words_and_the_round_goes_on
     assert run["status"] == "finished:failed"
     said = site.log(run)
     assert (
-        f"cannot write {folder}/round-0001.safetensors: No space left on device: every finished round is whole" in said
+        f"cannot write {folder}/round-0001.safetensors: No space left on device: all that was finished is whole" in said
     )
     assert "make room" in said
     assert len(kept(folder)) == 2
@@ -348,6 +352,7 @@ def test_a_client_that_was_given_up_and_returns_answers_twice_and_counts_once(tm
         time.sleep(75)
         relay.mend()
         site.finish(run_id, folder)
+    assert site.answers(1).count(1) >= 2
     assert [sorted(client["name"] for client in only(record)["clients"].values()) for record in records(folder)] == [
         ["site-0", "site-1"]
     ] * 2

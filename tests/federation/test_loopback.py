@@ -229,8 +229,36 @@ def test_a_hundred_rounds_with_crashes_at_random_replies_give_the_same_bits(tmp_
     assert sum(len(record["history"]) for record in again.records) == planned
 
 
+def test_a_folder_that_holds_a_run_is_refused_to_another_and_stays_as_it_was(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"nodes": NAMED, "seed": 3, **QUICK}
+    loopback.run(Line(), "fedavg", folder=tmp_path, **settings)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != "lock"}
+    for again, said in (
+        ({}, r"holds a run: fedbasin resume .*, or take another folder$"),
+        ({"resume": str(tmp_path), "aggregator": "median"}, r'its aggregator is \{"kind": "fedavg".*: give the same'),
+        ({"resume": str(tmp_path), "task": "digits"}, r"its task is .*: give the same, or start a new run$"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            loopback.run(**{"task": Line(), "aggregator": "fedavg", "folder": tmp_path, **settings, **again})
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != "lock"} == before
+
+
+def test_replies_that_were_trained_otherwise_are_dropped_when_a_round_is_resumed_and_its_record_says_so(
+    tmp_path: Path, crashes: list[int]
+) -> None:
+    settings: dict[str, Any] = {"nodes": NAMED, "quorum": 3, "evaluate": False, **QUICK}
+    anew = loopback.run(Line(), MOMENTUM, seed=3, **settings)
+    crashes.append(2)
+    with pytest.raises(Crash):
+        loopback.run(Line(), MOMENTUM, folder=tmp_path, seed=3, **{**settings, "training": {"epochs": 9}})
+    again = loopback.run(Line(), MOMENTUM, folder=tmp_path, resume=str(tmp_path), seed=3, **settings)
+    dropped = "the replies kept were dropped: training changed when it was resumed"
+    assert again.records[0]["history"] == [dropped, "begun again: the run had stopped in it"]
+    assert same(again, anew)
+
+
 def test_a_folder_of_no_run_cannot_be_resumed(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^[^\n]*no run of clients in one process"):
+    with pytest.raises(ValueError, match=r"^[^\n]*no run there, or its settings"):
         loopback.resume(tmp_path)
 
 

@@ -5,7 +5,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from shutil import which
+from shutil import copy, which
 from stat import S_IMODE
 
 import pytest
@@ -61,6 +61,41 @@ def test_a_certificate_that_lacks_a_name_is_kept_and_the_remedy_told(tmp_path: P
     said = made(tmp_path, "fl.example.org")
     assert f"is not for fl.example.org: remove {tmp_path}/server.crt, then run this again" in said
     assert (tmp_path / "server.crt").read_bytes() == before
+
+
+def test_the_public_key_that_a_site_has_sent_is_kept(tmp_path: Path) -> None:
+    (sent := tmp_path / "keys" / "site-0.pub").parent.mkdir()
+    sent.write_text("of another host")
+    made(tmp_path)
+    assert sent.read_text() == "of another host"
+    assert not (tmp_path / "keys" / "site-0").exists()
+
+
+def test_an_authoritys_key_may_be_kept_elsewhere_until_it_is_to_sign(tmp_path: Path) -> None:
+    made(tmp_path)
+    (tmp_path / "ca.key").rename(tmp_path / "safe")
+    assert "site-1" in made(tmp_path, sites=2)
+    (tmp_path / "server.crt").unlink()
+    assert "ca.key is missing, which is to sign server.crt: put it back" in made(tmp_path)
+    assert not (tmp_path / "ca.key").exists()
+
+
+def test_a_certificate_without_its_key_is_told_and_no_other_key_made(tmp_path: Path) -> None:
+    made(tmp_path)
+    (tmp_path / "server.key").unlink()
+    assert f"server.key is not that of {tmp_path}/server.crt: put it back" in made(tmp_path)
+    assert not (tmp_path / "server.key").exists()
+
+
+def test_a_certificate_of_ones_own_authority_needs_the_names_given_only(tmp_path: Path) -> None:
+    name = ["-subj", "/CN=fl.example.org", "-addext", "subjectAltName=DNS:fl.example.org"]
+    key = ["-newkey", "rsa:2048", "-nodes", "-keyout", tmp_path / "server.key"]
+    openssl("req", "-x509", *key, *name, "-out", tmp_path / "server.crt")
+    copy(tmp_path / "server.crt", tmp_path / "ca.crt")
+    said = made(tmp_path, "fl.example.org")
+    assert "superexec.secret" in said
+    assert "certs.sh:" not in said
+    assert f"{tmp_path}/server.crt is not for superlink" in made(tmp_path, "superlink")
 
 
 def test_a_tool_that_is_missing_is_named(tmp_path: Path) -> None:

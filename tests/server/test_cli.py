@@ -282,7 +282,7 @@ def test_a_simulation_that_was_parked_exits_with_0_and_says_how_to_go_on_and_doe
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    assert "no run of clients in one process" in printed("resume", str(tmp_path), code=2)
+    assert "no run there, or its settings.json is damaged" in printed("resume", str(tmp_path), code=2)
 
 
 def test_a_folder_that_another_server_has_is_refused(tmp_path: Path) -> None:
@@ -297,8 +297,8 @@ def test_a_folder_that_cannot_be_written_is_said_in_a_line_with_what_to_do(tmp_p
     assert isinstance(said.exception, SystemExit)  # no traceback
     assert said.exit_code == 1
     (line,) = said.stderr.splitlines()
-    assert line.startswith(f"cannot make {tmp_path / 'runs'}: File exists: every finished round is whole: mend that")
-    assert line.endswith(f"then fedbasin resume {tmp_path / 'runs' / '7'}")
+    assert line.startswith(f"cannot make {tmp_path / 'runs'}: File exists: all that was finished is whole: mend")
+    assert line.endswith("then start it again")
 
 
 @pytest.fixture
@@ -314,6 +314,13 @@ def resumed(command: list[str], folder: Path) -> bool:
     config = parse_config_args([command[command.index("-c") + 1]])
     expected = {"rounds": 9, "aggregator": "fisher", "training.epochs": 2, "device": "cpu", "resume": str(folder)}
     return from_run_config(config) == from_run_config(expected)
+
+
+def test_a_run_on_a_device_that_this_machine_lacks_is_resumed_where_it_runs(under_flower: Path) -> None:
+    noted = {**Ledger(under_flower).noted("settings"), "device": "cuda:9"}
+    Ledger(under_flower).note("settings", noted)
+    command = shlex.split(CliRunner().invoke(app, ["resume", str(under_flower)]).output.splitlines()[-1])
+    assert parse_config_args([command[-1]])["device"] == "cuda:9"
 
 
 def test_a_run_under_flower_is_resumed_by_a_command_that_is_printed(under_flower: Path) -> None:

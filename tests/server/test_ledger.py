@@ -416,6 +416,16 @@ def test_a_full_disk_is_said_in_words_and_leaves_the_finished_rounds_and_the_rep
     assert [name for name in files(tmp_path) if name.endswith(".partial")] == []
 
 
+def test_a_start_removes_nothing_of_others(tmp_path: Path) -> None:
+    """Not in folders within, where another server may be writing, and no download."""
+    others = [tmp_path / "7" / "round-0001.json.partial", tmp_path / "film.mkv.partial"]
+    (tmp_path / "7").mkdir()
+    for other in others:
+        other.write_text("half")
+    with Ledger(tmp_path).held():
+        assert all(other.exists() for other in others)
+
+
 def test_a_folder_that_cannot_be_made_is_said_in_words(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(Unwritable, match=r"^cannot make \S+runs: File exists$"), Ledger(tmp_path / "runs" / "7").held():
@@ -521,6 +531,49 @@ def test_a_finished_round_forgets_its_replies(tmp_path: Path) -> None:
     ledger.save(after(1), {"round": 1})
     assert list(ledger.kept(1, 0)) == []
     assert files(tmp_path) == ["round-0001.json", "round-0001.safetensors"]
+
+
+@pytest.mark.parametrize("removed", range(5))
+def test_replies_whose_forgetting_was_cut_short_leave_none_that_stands_on_a_lost_one(
+    tmp_path: Path, removed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, first, second = Ledger(tmp_path), UPDATES[:3], UPDATES[:2]
+    for exchange, updates in enumerate((first, second)):
+        for update in updates:
+            ledger.keep(1, exchange, update)
+    unlinks = iter([None] * removed)
+    unlink = Path.unlink
+
+    def failing(path: Path) -> None:
+        if next(unlinks, OSError) is OSError:
+            raise OSError
+        unlink(path)
+
+    monkeypatch.setattr(Path, "unlink", failing)
+    ledger.forget_replies()
+    left = [len([*Ledger(tmp_path).kept(1, exchange)]) for exchange in (0, 1)]
+    assert left == [min(3, 5 - removed), max(0, 2 - removed)]
+
+
+def test_who_has_answered_a_rounds_first_exchange_is_known_by_name(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for exchange, update in enumerate(UPDATES[:2]):
+        ledger.keep(1, exchange, update)
+    ledger.keep(1, 0, UPDATES[2])
+    assert ledger.answered(1) == {UPDATES[0].client_id: UPDATES[0].name, UPDATES[2].client_id: UPDATES[2].name}
+    next((tmp_path / "replies").glob("0001-00-*")).write_bytes(b"torn")
+    assert ledger.answered(1) == {UPDATES[2].client_id: UPDATES[2].name}
+    assert ledger.answered(2) == {}
+
+
+def test_a_file_that_someone_copied_beside_the_replies_is_none(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.keep(1, 0, UPDATES[0])
+    (reply,) = (tmp_path / "replies").iterdir()
+    reply.with_name(f"{reply.stem} (copy).safetensors").write_bytes(reply.read_bytes())
+    again = Ledger(tmp_path)
+    again.keep(1, 0, UPDATES[1])
+    assert [update.client_id for update in again.kept(1, 0)] == [update.client_id for update in UPDATES[:2]]
 
 
 def test_no_reply_is_kept_when_none_is_to_be(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,14 @@ from server.strategy import MergeStrategy
 MODEL = toys.global_model()
 COHORT = population(MODEL, 4)
 TWO = '{"kind": "toys:TwoExchanges", "inner": {"kind": "fedavgm", "inner": "fedavg"}}'
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """SIGINT is, also where a shell has put the tests into the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupted(client: Client, nth: int, number: int) -> Client:
@@ -106,11 +114,11 @@ def test_a_run_under_flower_is_parked_and_the_signal_left_to_flower(
 ) -> None:
     """Flower's handler tells the SuperLink, and ends the process with 0."""
     heard: list[int] = []
-    grid = FakeGrid({})
+    grid, config = FakeGrid({}), {"runs-dir": str(tmp_path), "rounds": 1, "deadline": 1.0}
     monkeypatch.setattr(grid, "get_node_ids", lambda: signal.raise_signal(signal.SIGTERM) or [])
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
-        server.app.main(grid, Context(7, 0, {}, RecordDict(), {"runs-dir": str(tmp_path)}))
+        server.app.main(grid, Context(7, 0, {}, RecordDict(), config))
     finally:
         signal.signal(signal.SIGTERM, before)
     assert heard == [signal.SIGTERM]
@@ -141,6 +149,12 @@ def test_signals_are_as_they_were_when_the_run_has_ended() -> None:
     with Parking().signals():
         assert all(signal.getsignal(number) not in before for number in SIGNALS)
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_signal_that_was_ignored_stays_so() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Parking().signals():
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 def test_outside_the_main_thread_signals_are_left_as_they_are() -> None:

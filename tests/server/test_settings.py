@@ -96,7 +96,7 @@ def test_settings_survive_flowers_command_line() -> None:
     config = {**RUN_CONFIG, "aggregator": '{"kind": "fedavgm", "inner": "fisher", "momentum": 0.5}', "device": "cpu"}
     task = {"kind": "it's.a:Task", "text": "both \" and '"}
     settings = from_run_config({**config, "task": json.dumps(task), "resume": "/runs/it's/7"})
-    parsed = parse_config_args([overrides(to_run_config(settings))])
+    parsed = parse_config_args([overrides(to_run_config(settings.model_dump(mode="json", by_alias=True)))])
     assert from_run_config(parsed).model_copy(update={"task": ""}) == settings.model_copy(update={"task": ""})
     assert json.loads(parsed["task"]) == task
     assert {key: type(value) for key, value in parsed.items()} == {key: type(RUN_CONFIG[key]) for key in parsed}

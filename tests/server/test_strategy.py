@@ -8,9 +8,11 @@ import json
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -39,7 +41,7 @@ from aggregators.core.exchange import Exchange, Fold, Round, collect
 from aggregators.core.update import ClientUpdate, GlobalModel, Merged, Moments, Request
 from client import wire
 from server.grid import Content, Reply, Terms
-from server.ledger import Unwritable
+from server.ledger import Ledger, Unwritable
 from server.strategy import MergeStrategy, round_half_up
 from server.wire import decode
 
@@ -814,7 +816,7 @@ def test_a_kept_reply_of_a_named_client_that_is_gone_is_used_once_and_the_record
     run = resumed(tmp_path / "b", hall(COHORT, crash_after=3), returned(COHORT, 2, 9), "fedavg", rounds=1)
     (record,) = records(tmp_path / "b")
     assert record["exchanges"][0]["kept"] == {"1": "connected", "2": "gone", "3": "connected"}
-    assert left_out(record) == {"9": "answered twice: site-2 is in the fold already"}
+    assert left_out(record) == {}  # nobody is asked in its place, neither it nor another
     assert "  3 replies were kept from before, 1 of them of clients now gone" in said(run).splitlines()
     assert fingerprint(run.ledger.restore(MODEL).params) == fingerprint(straight.params)
 
@@ -847,6 +849,46 @@ def test_a_resumed_round_asks_others_in_place_of_those_of_its_cohort_who_are_gon
     ((_, asked),) = after.asked
     assert len(asked) == 5
     assert set(cohort[1:]) < set(asked)
+
+
+def test_a_kept_reply_of_a_named_client_that_is_away_leaves_its_place_to_nobody(tmp_path: Path) -> None:
+    ten = population(MODEL, 10)
+    straight = rounds(tmp_path / "a", hall(ten), rounds=1, fraction=0.5)
+    with pytest.raises(Crash):
+        rounds(tmp_path / "b", before := hall(ten, crash_after=2), rounds=1, fraction=0.5)
+    first = before.asked[0][1][0]
+    for crash_after in (1, 1, None):
+        here = [client for client in ten if client.client_id != first]
+        after = hall(here, crash_after=crash_after)
+        with suppress(Crash):
+            model = rounds(tmp_path / "b", after, rounds=1, fraction=0.5)
+    admitted = [records(tmp_path / name)[0]["exchanges"][0]["admitted"] for name in ("a", "b")]
+    assert admitted[0] == admitted[1]
+    assert fingerprint(model.params) == fingerprint(straight.params)
+
+
+def test_clients_who_have_answered_count_among_those_whom_a_round_needs(tmp_path: Path) -> None:
+    """Else a round whose replies are all kept would be lost, with them, because a client is away."""
+    straight = rounds(tmp_path / "a", hall(COHORT), rounds=1)
+    with pytest.raises(Crash):
+        rounds(tmp_path / "b", hall(COHORT, crash_after=3), rounds=1, min_clients=4, quorum=4)
+    model = rounds(tmp_path / "b", hall(COHORT[1:]), rounds=1, min_clients=4, quorum=4, deadline=0.01)
+    assert fingerprint(model.params) == fingerprint(straight.params)
+
+
+@pytest.mark.parametrize("aggregator", ["fedavg", TWO])
+def test_the_last_evaluation_takes_no_reply_for_its_own_that_a_crash_left_of_the_last_round(
+    tmp_path: Path, aggregator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as crash:
+        crash.setattr(Ledger, "forget_replies", Mock(side_effect=Crash))
+        with pytest.raises(Crash):
+            rounds(tmp_path, hall(COHORT), aggregator, rounds=1)
+    transport = hall(COHORT)
+    again = strategy(aggregator, transport, tmp_path, rounds=1, evaluate=True)
+    again.run(again.ledger.restore(MODEL))
+    assert transport.asked == [("evaluate", [1, 2, 3, 4])]
+    assert "left out:" not in said(again)
 
 
 # --- a full disk ----------------------------------------------------------------------------------------------------

@@ -39,11 +39,17 @@ class Clouds(Task):
 @app.evaluate()
 @app.query()
 def answer(message: Message, context: Context) -> Message:
-    """An honest reply, after what the client was bidden: `sleep SECONDS`, `stay` until it is let go, or `die`."""
+    """An honest reply, after what the client was bidden: `sleep SECONDS`, `stay` until it is let go, or `die`.
+
+    The file `NAME.answers` has a line, the round, for each.
+    """
     instructions = json.loads(str(message.content.config_records["manifest"]["instructions"]))
     reply = respond(message.content, context)
+    order = Path(str(context.node_config["orders"])) / str(context.node_config["name"])
     if instructions["exchange"] == "train":
-        obey(Path(str(context.node_config["orders"])) / str(context.node_config["name"]))
+        obey(order)
+    with order.with_suffix(".answers").open("a") as answers:
+        print(instructions["round"], file=answers)
     return Message(reply, reply_to=message)
 
 

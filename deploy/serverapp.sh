@@ -1,0 +1,23 @@
+#!/bin/sh
+# The executor of ServerApps: serverapp.sh [option of flower-superexec ...]
+#
+# flower-superexec ends at once on SIGTERM, and the container with it. Here ServerApps are told first, and waited for:
+# they park their rounds (docs/operations.md), for as long as the container's stop_grace_period lets them.
+set -eu
+
+apps() { # what the executor has started and still runs
+  cat /proc/[0-9]*/stat 2>/dev/null | awk -v executor="$executor" '$4 == executor && $3 != "Z" { print $1 }'
+}
+
+park() {
+  for app in $(apps); do kill "$app" 2>/dev/null || true; done
+  while [ -n "$(apps)" ]; do sleep 0.2; done
+  kill "$executor" 2>/dev/null || true
+  wait "$executor" || true
+  exit 0
+}
+
+flower-superexec "$@" &
+executor=$!
+trap park TERM INT
+wait "$executor"
