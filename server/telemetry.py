@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import shlex
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from statistics import pstdev
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -118,17 +119,41 @@ def resuming(folder: str) -> str:
     return f"fedbasin resume {shlex.quote(folder)}"
 
 
-def console_for_output() -> Console:
+class Unfailing:
+    """Output whose failure ends no run: that of a full disk, a closed pipe or a terminal that is gone."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self.file = file
+
+    def write(self, text: str) -> None:
+        """Writes the text, if that can be done."""
+        with suppress(OSError):
+            self.file.write(text)
+
+    def flush(self) -> None:
+        """Flushes, if that can be done."""
+        with suppress(OSError):
+            self.file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def console_for_output(file: IO[str] | None = None) -> Console:
     """A console as wide as the terminal, or 120 columns where there is none."""
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDTH)
+    console = Console(file=file)
+    return console if console.is_terminal else Console(file=file, width=WIDTH)
+
+
+def _lasting() -> Console:
+    return console_for_output(cast("IO[str]", Unfailing(sys.stdout)))
 
 
 @dataclass(eq=False)
 class Telemetry:
     """Progress on a console: a bar on a terminal, a line per event elsewhere, and a table at the end."""
 
-    console: Console = field(default_factory=console_for_output)
+    console: Console = field(default_factory=_lasting)
     _progress: Progress | None = None
     _bar: TaskID | None = None
 
@@ -198,8 +223,7 @@ class Telemetry:
         self.console.print(table(records, final))
 
     def _say(self, text: str, style: str | None = None) -> None:
-        with suppress(OSError):  # a full disk under the log ends no run
-            self.console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        self.console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def _volume(record: RoundRecord) -> str:

@@ -35,7 +35,7 @@ class Site(LocalFederation):
     """Two clients under names, who obey orders; client 1 speaks through a relay where there is one."""
 
     def __init__(self, folder: Path, relay: Relay | None = None, tls: Path | None = None) -> None:
-        self.relay = relay
+        self.relay, self.struck = relay, time.monotonic()
         self.orders, self.runs_dir = folder / "orders", folder / "runs"
         self.orders.mkdir(parents=True)
         nodes = [{"partition-id": k, "name": f"site-{k}", "orders": str(self.orders)} for k in (0, 1)]
@@ -74,12 +74,24 @@ class Site(LocalFederation):
     def finish(self, run_id: str, folder: Path) -> None:
         """Waits for the run's last file, as to ask Flower starts a process each time."""
         until((folder / "evaluation.json").exists, timeout=400)
+        rounds = [record["seconds"] for record in records(folder)]
+        print(f"{time.monotonic() - self.struck:.0f} s from the last kill to the end; rounds of {rounds} s")  # with -rP
         run = self.wait(run_id)
         assert run["status"] == "finished:completed", self.log(run)
 
     def resume(self, folder: Path, **config: Any) -> None:
         """Goes on with the run to its end, as another one."""
         self.finish(*self.begin(resume=str(folder), **config))
+
+    def kill(self, name: str) -> None:
+        """Kills it, and notes when."""
+        self.struck = time.monotonic()
+        super().kill(name)
+
+    def kill_apps(self, name: str) -> None:
+        """Kills its apps, and notes when."""
+        self.struck = time.monotonic()
+        super().kill_apps(name)
 
     def app(self, name: str) -> psutil.Process:
         """The app's process that the executor of that name has started; it leaves its dead ones unburied."""

@@ -91,7 +91,7 @@ def during(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
 def test_a_reply_that_is_in_hand_is_kept_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     during(monkeypatch, "keep")
     run = strategy("fedavg", hall(), tmp_path, rounds=1)
-    parked(run)
+    assert parked(run) == signal.SIGTERM
     assert [update.client_id for update in run.ledger.kept(1, 0)] == [1]
 
 

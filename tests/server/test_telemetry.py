@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from io import StringIO
 from typing import Any
 
@@ -31,17 +32,41 @@ def telemetry(width: int = 120, terminal: bool = False) -> Telemetry:
     return Telemetry(Console(file=StringIO(), width=width, force_terminal=terminal))
 
 
+TOLD: dict[str, tuple[Any, ...]] = {
+    "started": ("fedavg", "digits", 10, range(1, 4), "/runs/7"),
+    "one_width": ("why",),
+    "asking": (1, "train", 2),
+    "replied": ("1",),
+    "left_out": (1, "2", "late"),
+    "unkept": (1, "why"),
+    "asked": (),
+    "finished": (RoundRecord(1),),
+    "parked": ("/runs/7",),
+    "summary": ([RoundRecord(1).as_dict()], {}),
+}
+
+
 class Full(StringIO):
     """Output on a full disk."""
 
     def write(self, text: str) -> int:
         raise OSError(28, "No space left on device")
 
+    def flush(self) -> None:
+        raise OSError(28, "No space left on device")
 
-def test_output_that_cannot_be_written_ends_no_run() -> None:
-    log = Telemetry(Console(file=Full(), width=120))
-    log.left_out(1, "2", "late")
-    log.finished(RoundRecord(1))
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_output_that_cannot_be_written_ends_no_run(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it pile up."""
+    assert TOLD.keys() == {name for name in vars(Telemetry) if not name.startswith("_")}
+    monkeypatch.setattr(Full, "isatty", lambda file: terminal)
+    monkeypatch.setattr(sys, "stdout", Full())
+    log = Telemetry()
+    for method, arguments in TOLD.items():
+        getattr(log, method)(*arguments)
+    assert log.console.is_terminal or not terminal
+    assert log.console._buffer == []
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------------
