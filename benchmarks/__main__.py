@@ -10,11 +10,11 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from . import alignment, faults, fold, memory, methods, posterior, recovery, rounds, statistics, widths
+from . import alignment, crowd, fold, keeping, memory, methods, posterior, recovery, rounds, statistics, widths
 
 BENCHMARKS = {
     benchmark.__name__.rpartition(".")[2]: benchmark
-    for benchmark in (fold, memory, statistics, posterior, alignment, widths, methods, recovery, rounds, faults)
+    for benchmark in (fold, memory, statistics, posterior, alignment, widths, methods, keeping, crowd, recovery, rounds)
 }
 
 if unknown := {*sys.argv[1:]} - BENCHMARKS.keys():

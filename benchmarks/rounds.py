@@ -13,6 +13,7 @@ from deploy.local import LocalFederation
 from .row import Row
 
 APPS = Path(__file__).resolve().parent / "apps"
+TASK = {"kind": "tiny:Tiny", "tensors": 1}  # 4 MB
 ROUNDS = 8  # enough that the one closing evaluation weighs as it does in a real run, where rounds are many
 
 
