@@ -306,8 +306,10 @@ def test_a_supernode_killed_before_its_reply_is_replaced_by_the_one_started_agai
 @pytest.mark.chaos
 def test_a_supernode_with_a_key_killed_during_its_reply_is_asked_again(tmp_path: Path, relay: Relay) -> None:
     with Site(tmp_path, relay, make_certs(tmp_path / "certs", 2)) as site:
+        site.bid(1, "stay")
         run_id, folder = site.begin(rounds=1, task=LARGE)
-        until(lambda: kept(folder))  # that of client 0
+        until(lambda: kept(folder) and site.obeys(1))
+        site.let_go(1)
         uploading(relay)
         site.kill_node(1)
         relay.mend()
