@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,6 +84,7 @@ class Reader:
     def follow(self, block: Block) -> None:
         if block.info == "terminal":
             self.terminals.append(self.start(["bash", "-c", block.text]))
+            listens(int(re.findall(r"--port (\d+)", block.text)[0]))
         elif block.info:
             file = self.home / block.info[2:] if block.info.startswith("~/") else self.project / block.info
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -104,9 +106,21 @@ class Reader:
         for terminal in reversed(self.terminals):
             os.killpg(terminal.pid, signal.SIGTERM)
         for process in left_behind(str(self.home)):
-            os.kill(process, signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
         for terminal in self.terminals:
             terminal.wait(30)
+
+
+def listens(port: int) -> None:
+    """Returns when something does, as a reader would see it say."""
+    end = time.monotonic() + 120
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert time.monotonic() < end, f"nothing listens on port {port}"
+        time.sleep(0.2)
 
 
 def test_the_readme_has_the_blocks_that_its_sections_need() -> None:
