@@ -16,6 +16,7 @@ from .symmetry import Symmetry
 REMEDY = "give the task a `symmetry` of its own, or choose a method that needs none"
 SHARE = 1e-8  # of what the group's tensors do to the outputs: a permutation that keeps them does less
 ROUNDING = 1e4  # units in the last place
+DRAWS = 4  # of parameters and inputs, at most
 TINY = 1e-300
 
 
@@ -28,10 +29,7 @@ def verify(symmetry: Symmetry, module: nn.Module, *inputs: Tensor, seed: int = 0
     """
     generator = torch.Generator().manual_seed(seed)
     with evaluating(module):
-        network = _network(module, inputs, generator)
-        if unknown := sorted(symmetry.axes.keys() - network.params.keys()):
-            raise ValueError(f"symmetry: the model has no tensor {unknown[0]!r}, or has it under an earlier name")
-        shown = {group: _shown(network, symmetry, group) for group in symmetry.groups}
+        network, shown = _telling(module, symmetry, inputs, generator)
         bounds = {group: max(SHARE * change, network.rounding) for group, change in shown.items()}
         if mistake := _mistake(network, symmetry, bounds, generator):
             raise ValueError(f"symmetry: {mistake} changes the outputs: {REMEDY}")
@@ -107,15 +105,25 @@ def _moved(value: Tensor, generator: torch.Generator) -> Tensor:
     return value + spread * draw(value.shape, generator=generator, dtype=value.dtype)
 
 
-def _shown(network: _Network, symmetry: Symmetry, group: str) -> float:
-    """How much putting the group's tensors back changes the outputs; ValueError where it does not."""
-    change = network.change(network.back(name for name, _ in symmetry.members[group]))
-    if change <= 10 * network.rounding:
-        raise ValueError(
-            f"symmetry: the outputs do not depend on the group {group!r}, so that nothing verifies it:"
-            " let the task's `example` return inputs on which they do"
-        )
-    return change
+def _telling(
+    module: nn.Module, symmetry: Symmetry, inputs: Sequence[Tensor], generator: torch.Generator
+) -> tuple[_Network, dict[str, float]]:
+    """A network on whose outputs every group's tensors act, and how much putting them back changes those.
+
+    Drawn anew where they do not, as where a small layer's rectifiers are all shut; ValueError where they never do.
+    """
+    for _ in range(DRAWS):
+        network = _network(module, inputs, generator)
+        if unknown := sorted(symmetry.axes.keys() - network.params.keys()):
+            raise ValueError(f"symmetry: the model has no tensor {unknown[0]!r}, or has it under an earlier name")
+        shown = {g: network.change(network.back(name for name, _ in symmetry.members[g])) for g in symmetry.groups}
+        silent = [group for group, change in shown.items() if change <= 10 * network.rounding]
+        if not silent:
+            return network, shown
+    raise ValueError(
+        f"symmetry: the outputs do not depend on the group {silent[0]!r}, so that nothing verifies it:"
+        " let the task's `example` return inputs on which they do"
+    )
 
 
 def _mistake(

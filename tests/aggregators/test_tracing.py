@@ -297,6 +297,13 @@ def test_a_symmetry_of_the_alias_of_a_tied_weight_is_refused() -> None:
         verify(Symmetry({"head.weight": (None, "h")}), network, NETWORKS["tied BERT"].example)
 
 
+def test_a_small_network_is_verified_though_its_rectifiers_may_all_be_shut_at_first() -> None:
+    for seed in range(60):
+        torch.manual_seed(seed)
+        network = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+        verify(trace(network, torch.zeros(2, 2)), network, torch.zeros(2, 2))
+
+
 def test_outputs_that_show_nothing_are_refused() -> None:
     network = Does(lambda self, x: 0 * self.second(relu(self.first(x))), **layers())
     symmetry = trace(network, torch.zeros(2, 4))
