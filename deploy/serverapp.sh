@@ -10,9 +10,10 @@ apps() { # what the executor has started and still runs
 }
 
 park() {
+  kill -STOP "$executor" # which starts no other meanwhile
   for app in $(apps); do kill "$app" 2>/dev/null || true; done
   while [ -n "$(apps)" ]; do sleep 0.2; done
-  kill "$executor" 2>/dev/null || true
+  kill "$executor" && kill -CONT "$executor"
   wait "$executor" || true
   exit 0
 }

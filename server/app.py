@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from pydantic import BaseModel
 from torch import nn
 
 from aggregators.core.base import Aggregator
@@ -106,25 +107,32 @@ def _ending(telemetry: Telemetry, ledger: Ledger) -> Iterator[None]:
 
 def _refuse_another_run(ledger: Ledger, settings: Settings) -> None:
     """ValueError, in one line, where the folder holds a run that is not to be resumed, or one of something else."""
-    if not settings.resume and ledger.begun():
-        raise ValueError(f"{ledger.folder} holds a run: {resuming(str(ledger.folder))}, or take another folder")
-    for key in _changed(ledger, settings, "task", "aggregator"):
-        was = json.dumps(ledger.noted("settings")[key])
-        raise ValueError(f"resume = {settings.resume!r}: its {key} is {was}: give the same, or start a new run")
+    if not settings.resume:
+        if ledger.begun():
+            raise ValueError(f"{ledger.folder} holds a run: {resuming(str(ledger.folder))}, or take another folder")
+        return
+    before, now = ledger.noted("settings"), _noted(settings)
+    for key, read in {"task": parse, "aggregator": method}.items():
+        if not _alike(read, before[key], now[key]):
+            told = f"its {key} is {json.dumps(before[key])}: give the same, or start a new run"
+            raise ValueError(f"resume = {settings.resume!r}: {told}")
+
+
+def _alike(read: Callable[[Any], BaseModel], before: Any, now: Any) -> bool:
+    """Whether both are read as the same, however they are written, and with the defaults of options that are new."""
+    try:
+        was, is_ = read(before), read(now)
+    except ValueError:
+        return False
+    return type(was) is type(is_) and was.model_dump() == is_.model_dump()
 
 
 def _drop_what_others_asked(ledger: Ledger, settings: Settings, round: int) -> None:
     """Kept replies to what this run would not have asked are dropped, and the round says so."""
-    if changed := _changed(ledger, settings, "seed", "start", "training"):
+    before, now = ledger.noted("settings"), _noted(settings)
+    keys = ["seed", "start", "training", *(["rounds"] if settings.training.get("schedule") == "cosine" else [])]
+    if changed := [key for key in keys if before.get(key, now[key]) != now[key]]:
         ledger.drop_replies(round, f"the replies kept were dropped: {', '.join(changed)} changed when it was resumed")
-
-
-def _changed(ledger: Ledger, settings: Settings, *keys: str) -> list[str]:
-    """Which of these settings are others than those that the folder's run has had."""
-    now = _noted(settings)
-    before = {**now, **ledger.noted("settings")}
-    before["aggregator"] = method(before["aggregator"]).model_dump(mode="json")  # with the defaults of what is new
-    return [key for key in keys if before[key] != now[key]]
 
 
 def _noted(settings: Settings) -> dict[str, Any]:

@@ -18,7 +18,7 @@ ROLL_CALL = 3.0  # seconds between looks at who is connected
 ATTEMPTS = 3  # times one client's task is sent, at most
 AWAY = 120.0  # seconds that a lost client is waited for where enough have answered: a SuperNode with a key needs 67
 PATIENCE = 2.0  # seconds that a reply may take to be pulled before the others no longer wait for it
-PULLS = 4  # replies that are pulled at once, at most
+PULLS = 16  # replies that are pulled at once, at most
 LOST = {3: "its message was lost", 4: "its reply was lost", 5: "it is gone", 8: "its process died"}  # Flower's codes
 MESSAGE_TYPES = {"train": "train", "measure": "query", "evaluate": "evaluate"}
 
@@ -34,13 +34,13 @@ class Reply(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What an exchange keeps to: its seconds, the good replies that are enough, and who may be asked.
+    """What an exchange keeps to: its seconds, whether the replies so far are enough, and who may be asked.
 
     A newcomer is asked in place of a client that is gone.
     """
 
     deadline: float
-    quorum: int = 1
+    enough: Callable[[], bool] = lambda: False
     newcomers: bool = True
 
 
@@ -65,7 +65,6 @@ class _Asked:
     lost: dict[int, str] = field(default_factory=dict)
     since: dict[int, float] = field(default_factory=dict)  # when each of the lost was
     attempts: dict[int, int] = field(default_factory=dict)
-    good: int = 0
 
     def waits(self, now: float) -> bool:
         """Whether a reply may still come: before the deadline, from who has not answered, or will be asked again."""
@@ -73,8 +72,8 @@ class _Asked:
 
     def _hopes(self, client: int, now: float) -> bool:
         """Whether a lost client may still be asked: not too often, nor for long where enough have answered."""
-        enough = self.good >= self.terms.quorum and now > self.since[client] + AWAY
-        return self.attempts[client] < ATTEMPTS and not enough
+        given_up = now > self.since[client] + AWAY and self.terms.enough()
+        return self.attempts[client] < ATTEMPTS and not given_up
 
     def lose(self, client_id: int, reason: str, now: float) -> None:
         """The client's task is lost, unless it has been sent again already."""
@@ -191,7 +190,6 @@ class StreamingGrid:
                     continue
                 asked.drop(client)
                 reply = _reply(client, message)
-                asked.good += reply.content is not None
                 del message
                 yield reply
                 del reply

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -107,7 +107,7 @@ class Ledger:
         """The same, of a round that was begun, which is told of it in its history."""
         if begun := self._begun(round):
             self.forget_replies()
-            self.begin(round, [], [*begun["history"], reason])
+            self.begin(round, [], [], [*begun["history"], reason])
 
     def note(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes `name`.json."""
@@ -166,13 +166,18 @@ class Ledger:
         records = (self.noted(self._record(round).stem) for round in self._rounds("json"))
         return [record for record in records if record]
 
-    def begin(self, round: int, cohort: list[int], history: list[str]) -> None:
-        """Notes that a round has begun, with whom, and what happened to it before."""
-        self.note(BEGUN, {"round": round, "cohort": [str(client) for client in cohort], "history": history})
+    def begin(self, round: int, cohort: Iterable[int], online: Iterable[int], history: list[str]) -> None:
+        """Notes that a round has begun, with whom, of which clients, and what happened to it before."""
+        ids = {"cohort": [str(client) for client in cohort], "online": [str(client) for client in online]}
+        self.note(BEGUN, {"round": round, **ids, "history": history})
 
     def cohort(self, round: int) -> set[int]:
         """The clients with which the round was begun before; none where it was not."""
         return {int(client) for client in self._begun(round).get("cohort", [])}
+
+    def online(self, round: int) -> set[int]:
+        """The clients that were connected when the round was begun before; none where it was not."""
+        return {int(client) for client in self._begun(round).get("online", [])}
 
     def answered(self, round: int) -> dict[int, str]:
         """The names of the clients whose replies to the round's first exchange are kept, by id."""

@@ -99,10 +99,14 @@ class MergeStrategy:
         """Draws the cohort, and notes that the round has begun."""
         answered = self.ledger.answered(round)
         known = {client for client, name in answered.items() if name or self.ledger.closed(round, 0)}
-        self._online, self._keeping = self._connected(known), True
-        away = known - {*self._online}
-        self._cohort = self._sample(round, len(away))
-        self._keep(self.ledger.begin, round, sorted({*self._cohort, *away}), self._record.history)
+        self._online, self._keeping = self._connected(round, known), True
+        self._cohort = self._sample(round, self._away(round, known, self._online))
+        cohort = sorted(known.union(self._cohort))
+        self._keep(self.ledger.begin, round, cohort, self._online, self._record.history)
+
+    def _away(self, round: int, known: Collection[int], online: Collection[int]) -> int:
+        """How many of those whose replies are kept are away: not who may be back under an id that is new."""
+        return max(0, len({*known}.difference(online)) - len({*online} - self.ledger.online(round)))
 
     def _sample(self, round: int, away: int) -> list[int]:
         """The round's cohort: a fraction of the connected clients, drawn by run seed and round.
@@ -127,15 +131,15 @@ class MergeStrategy:
             self.telemetry.unkept(self._record.round, str(error))
             self._record.history.append(f"its replies were not kept: {error}")
             with suppress(Unwritable):
-                self.ledger.begin(self._record.round, self._cohort, self._record.history)
+                self.ledger.begin(self._record.round, self._cohort, self._online, self._record.history)
 
-    def _connected(self, answered: Collection[int] = ()) -> list[int]:
-        """Who is connected, once they and those who have answered already are as many as a round needs."""
+    def _connected(self, round: int = 0, known: Collection[int] = ()) -> list[int]:
+        """Who is connected, once they, and who is away but has answered, are as many as a round needs."""
         end = time.monotonic() + self.settings.deadline
         while True:
             with self.parking.waiting():
                 nodes = self.transport.nodes()
-                if len({*nodes, *answered}) >= self.settings.min_clients:
+                if len(nodes) + self._away(round, known, nodes) >= self.settings.min_clients:
                     return nodes
                 if time.monotonic() > end:
                     raise LostRound(
@@ -213,7 +217,7 @@ class MergeStrategy:
 
         note.asked = len(cohort) + len(note.admitted)
         self.telemetry.asking(model.round, exchange.task, note.asked)
-        terms = Terms(self.settings.deadline, self.settings.quorum - len(note.admitted), newcomers=number == 0)
+        terms = Terms(self.settings.deadline, lambda: len(note.admitted) >= self.settings.quorum, number == 0)
         replies = self.transport.ask(exchange.task, counted, cohort, terms)
         try:
             while True:

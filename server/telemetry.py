@@ -127,12 +127,12 @@ class Unfailing:
 
     def write(self, text: str) -> None:
         """Writes the text, if that can be done."""
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # the latter for what cannot be encoded, and for a file that is closed
             self.file.write(text)
 
     def flush(self) -> None:
         """Flushes, if that can be done."""
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # the latter for what cannot be encoded, and for a file that is closed
             self.file.flush()
 
     def __getattr__(self, name: str) -> Any:

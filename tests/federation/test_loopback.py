@@ -21,6 +21,7 @@ from client.task import Examples, Node, Task
 from server import loopback
 from server.app import federate
 from server.grid import Content, Reply, Terms
+from server.ledger import Ledger
 from server.settings import from_run_config
 from server.telemetry import Telemetry
 from server.wire import decode
@@ -241,6 +242,37 @@ def test_a_folder_that_holds_a_run_is_refused_to_another_and_stays_as_it_was(tmp
         with pytest.raises(ValueError, match=said):
             loopback.run(**{"task": Line(), "aggregator": "fedavg", "folder": tmp_path, **settings, **again})
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != "lock"} == before
+
+
+def test_a_task_and_a_method_that_are_written_otherwise_are_the_same(tmp_path: Path) -> None:
+    """So are those that were noted before an option was there."""
+    settings: dict[str, Any] = {"nodes": NAMED, "evaluate": False, **QUICK}
+    loopback.run("test_loopback:Line", "fedavg", folder=tmp_path, **{**settings, "rounds": 1})
+    noted = Ledger(tmp_path).noted("settings")
+    Ledger(tmp_path).note("settings", {**noted, "aggregator": {"kind": "fedavg"}})
+    task = json.dumps({"kind": f"{Line.__module__}:Line"})
+    rest = loopback.run(task, "fedavg", folder=tmp_path, resume=str(tmp_path), **{**settings, "rounds": 2})
+    assert len(rest.records) == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({"seed": 4}, {"seed": 3}, "seed"),
+        ({"start": "own"}, {"start": "shared"}, "start"),
+        ({"rounds": 5}, {"rounds": 2}, "rounds"),
+    ],
+)
+def test_what_a_round_was_begun_with_is_told_where_it_changed(
+    before: dict[str, Any], after: dict[str, Any], said: str, tmp_path: Path, crashes: list[int]
+) -> None:
+    training = {"epochs": 1, "schedule": "cosine"}
+    settings: dict[str, Any] = {"nodes": NAMED, "evaluate": False, "rounds": 2, "seed": 3, "training": training}
+    crashes.append(2)
+    with pytest.raises(Crash):
+        loopback.run(Line(), "fedavg", folder=tmp_path, **{**settings, **before})
+    again = loopback.run(Line(), "fedavg", folder=tmp_path, resume=str(tmp_path), **{**settings, **after})
+    assert again.records[0]["history"][0].endswith(f"were dropped: {said} changed when it was resumed")
 
 
 def test_replies_that_were_trained_otherwise_are_dropped_when_a_round_is_resumed_and_its_record_says_so(

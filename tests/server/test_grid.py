@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -238,6 +239,27 @@ def test_a_node_that_restarts_in_its_upload_is_asked_again_before_that_is_given_
 
 
 @pytest.mark.usefixtures("impatient")
+def test_an_exchange_does_not_wait_for_an_upload_that_does_not_end() -> None:
+    grid = Wedged({1: [good(1)]}, slow={1})
+    start = time.monotonic()
+    replies(grid, [1])
+    waited = time.monotonic() - start
+    grid.uploaded.set()
+    assert waited < 15
+
+
+def test_two_answers_of_a_node_that_are_there_at_once_are_one_reply() -> None:
+    grid = FakeGrid({1: [good(21), good(9)], 2: [good(50)]}, presence={1: [(0, 10), (11, FOREVER)]})
+    streaming = StreamingGrid(grid, clock=grid.clock, sleep=grid.sleep)
+
+    def asleep(seconds: float) -> None:
+        grid.now += 8 if 14 < grid.now < 21 else seconds
+
+    streaming.sleep = asleep
+    assert answered([*streaming.ask("train", lambda client_id: RecordDict(), [1, 2], Terms(DEADLINE))]) == [1, 2]
+
+
+@pytest.mark.usefixtures("impatient")
 def test_no_more_replies_are_pulled_at_once_than_may_be_held() -> None:
     many = range(1, PULLS + 4)
     grid = Wedged({node: [good(1)] for node in many}, slow=set(many))
@@ -301,7 +323,7 @@ def test_a_node_that_does_not_return_is_lost_with_its_reason() -> None:
 def test_a_node_that_does_not_return_is_waited_for_a_while_where_enough_have_answered() -> None:
     """A node without a key, killed and back before the round, is in its cohort twice: nobody is to come any more."""
     grid = FakeGrid({1: [bad(50, 5)], 2: [good(2)], 3: [good(4)]}, presence={1: [(0, 5)]})
-    got = replies(grid, [1, 2, 3], deadline=600, quorum=2)
+    got = replies(grid, [1, 2, 3], deadline=600, enough=lambda: True)
     assert answered(got) == [2, 3]
     assert reasons(got) == {1: "lost: it is gone (attempt 1 of 3, deadline 600 s)"}
     assert 50 + AWAY < grid.now < 51 + AWAY
@@ -309,13 +331,13 @@ def test_a_node_that_does_not_return_is_waited_for_a_while_where_enough_have_ans
 
 def test_a_node_that_does_not_return_is_waited_for_to_the_deadline_where_too_few_have_answered() -> None:
     grid = FakeGrid({1: [bad(50, 5)], 2: [bad(2, 2)], 3: [good(4)]}, presence={1: [(0, 5)]})
-    replies(grid, [1, 2, 3], deadline=600, quorum=2)
+    replies(grid, [1, 2, 3], deadline=600, enough=lambda: False)
     assert grid.now == 600
 
 
 def test_a_node_that_returns_after_a_while_is_asked_again_while_others_still_work() -> None:
     grid = FakeGrid({1: [bad(10, 5), good(8)], 2: [good(300)]}, presence={1: [(0, 5), (200, FOREVER)]})
-    assert answered(replies(grid, [1, 2], deadline=600, quorum=1)) == [1, 2]
+    assert answered(replies(grid, [1, 2], deadline=600, enough=lambda: True)) == [1, 2]
 
 
 def test_a_node_that_restarted_is_asked_again_though_no_error_came() -> None:

@@ -482,10 +482,10 @@ def test_replies_are_numbered_anew_in_every_round(tmp_path: Path) -> None:
 def test_a_round_that_was_begun_knows_its_cohort_and_its_history(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     assert (ledger.cohort(1), ledger.history(1)) == (set(), [])
-    ledger.begin(1, [2**64 - 1, 7], [])
+    ledger.begin(1, [2**64 - 1, 7], [], [])
     assert ledger.cohort(1) == {2**64 - 1, 7}
     assert (ledger.cohort(2), ledger.history(2)) == (set(), [])
-    ledger.begin(1, [7], ledger.history(1))
+    ledger.begin(1, [7], [7, 9], ledger.history(1))
     assert ledger.history(1) == ["begun again: the run had stopped in it"] * 2
     ledger.save(after(1), {"round": 1})
     assert ledger.cohort(1) == set()

@@ -816,7 +816,7 @@ def test_a_kept_reply_of_a_named_client_that_is_gone_is_used_once_and_the_record
     run = resumed(tmp_path / "b", hall(COHORT, crash_after=3), returned(COHORT, 2, 9), "fedavg", rounds=1)
     (record,) = records(tmp_path / "b")
     assert record["exchanges"][0]["kept"] == {"1": "connected", "2": "gone", "3": "connected"}
-    assert left_out(record) == {}  # nobody is asked in its place, neither it nor another
+    assert left_out(record) == {"9": "answered twice: site-2 is in the fold already"}
     assert "  3 replies were kept from before, 1 of them of clients now gone" in said(run).splitlines()
     assert fingerprint(run.ledger.restore(MODEL).params) == fingerprint(straight.params)
 
@@ -865,6 +865,48 @@ def test_a_kept_reply_of_a_named_client_that_is_away_leaves_its_place_to_nobody(
     admitted = [records(tmp_path / name)[0]["exchanges"][0]["admitted"] for name in ("a", "b")]
     assert admitted[0] == admitted[1]
     assert fingerprint(model.params) == fingerprint(straight.params)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_named_clients_that_are_all_back_under_other_ids_are_asked_who_they_are(tmp_path: Path, seed: int) -> None:
+    """As after their host was started again: those who have answered are told by their names."""
+    settings: dict[str, Any] = {"rounds": 1, "min_clients": 4, "quorum": 4, "deadline": 0.01, "seed": seed}
+    straight = rounds(tmp_path / "a", hall(COHORT), **settings)
+    after = hall([replace(client, client_id=client.client_id + 10) for client in COHORT])
+    run = resumed(tmp_path / "b", hall(COHORT, crash_after=3), after, "fedavg", **settings)
+    assert len(left_out(records(tmp_path / "b")[0])) == 3
+    assert fingerprint(run.ledger.restore(MODEL).params) == fingerprint(straight.params)
+
+
+def test_a_named_client_that_is_back_under_another_id_is_not_counted_twice_among_those_whom_a_round_needs(
+    tmp_path: Path,
+) -> None:
+    settings: dict[str, Any] = {"rounds": 1, "min_clients": 4, "quorum": 4, "deadline": 20}
+    with pytest.raises(Crash):
+        rounds(tmp_path, hall(COHORT, crash_after=3), **settings)
+    after, looks = returned(COHORT, 2, 9), iter([[1, 3, 9]])
+    after.nodes = lambda: next(looks, [1, 3, 4, 9])  # type: ignore[method-assign]
+    rounds(tmp_path, after, **settings)
+    assert after.asked == [("train", [4, 9])]
+    assert records(tmp_path)[0]["status"] == "merged"
+
+
+def test_nameless_clients_count_among_those_whom_a_round_needs_once_later_replies_stand_on_theirs(
+    tmp_path: Path,
+) -> None:
+    settings: dict[str, Any] = {"rounds": 1, "min_clients": 4, "quorum": 4, "deadline": 0.01}
+    straight = rounds(tmp_path / "a", hall(NAMELESS), TWO, **settings)
+    with pytest.raises(Crash):
+        rounds(tmp_path / "b", hall(NAMELESS, crash_after=5), TWO, **settings)
+    model = rounds(tmp_path / "b", hall(NAMELESS[1:]), TWO, **settings)
+    assert fingerprint(model.params) == fingerprint(straight.params)
+
+
+def test_the_last_evaluation_keeps_no_replies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(Ledger, "keep", lambda self, *what: kept.append(what))
+    strategy("fedavg", hall(COHORT), tmp_path, rounds=1, evaluate=True).run(MODEL)
+    assert len(kept) == 4
 
 
 def test_clients_who_have_answered_count_among_those_whom_a_round_needs(tmp_path: Path) -> None:
