@@ -294,7 +294,8 @@ def test_a_folder_of_no_run_cannot_be_resumed(tmp_path: Path) -> None:
         loopback.resume(tmp_path)
 
 
-FEDBASIN = [sys.executable, "-c", "from server.cli import app; app()"]
+HEARD = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background job ignores it
+FEDBASIN = [sys.executable, "-c", f"{HEARD}; from server.cli import app; app()"]
 LONG = ["--rounds", "12", "--clients", "2", "--task", '{"kind": "digits", "partition": "iid"}']
 
 
