@@ -18,7 +18,8 @@ park() {
   exit 0
 }
 
+executor=
+trap park TERM INT
 flower-superexec "$@" &
 executor=$!
-trap park TERM INT
 wait "$executor"
