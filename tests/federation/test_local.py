@@ -52,7 +52,7 @@ def test_certificates_that_are_missing_are_named_with_what_makes_them(tmp_path: 
     assert left_behind(str(tmp_path)) == []
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_superlink_killed_in_mid_round_goes_on_with_the_run_to_the_same_model(tmp_path: Path) -> None:
     settings = {"rounds": 1, "seed": 3, "device": "cpu", "evaluate": False}
     config = {**settings, "min-clients": 2, "quorum": 2, "deadline": 240.0, "training.epochs": 200}
