@@ -100,8 +100,9 @@ class MergeStrategy:
         answered = self.ledger.answered(round)
         known = {client for client, name in answered.items() if name or self.ledger.closed(round, 0)}
         self._online, self._keeping = self._connected(round, known), True
-        self._cohort = self._sample(round, self._away(round, known, self._online))
-        cohort = sorted(known.union(self._cohort))
+        away = self._away(round, known, self._online)
+        self._cohort = self._sample(round, away)
+        cohort = [*self._cohort, *sorted(known.difference(self._online))[:away]]
         self._keep(self.ledger.begin, round, cohort, self._online, self._record.history)
 
     def _away(self, round: int, known: Collection[int], online: Collection[int]) -> int:

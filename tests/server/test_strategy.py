@@ -878,6 +878,15 @@ def test_named_clients_that_are_all_back_under_other_ids_are_asked_who_they_are(
     assert fingerprint(run.ledger.restore(MODEL).params) == fingerprint(straight.params)
 
 
+def test_a_cohort_does_not_grow_when_named_clients_are_back_under_other_ids_again_and_again(tmp_path: Path) -> None:
+    ten = population(MODEL, 10)
+    for crash_after, shift in ((2, 0), (1, 20), (1, 40)):
+        again = hall([replace(client, client_id=client.client_id + shift) for client in ten], crash_after=crash_after)
+        with pytest.raises(Crash):
+            rounds(tmp_path, again, rounds=1, fraction=0.5)
+        assert len(Ledger(tmp_path).cohort(1)) == 5
+
+
 def test_a_named_client_that_is_back_under_another_id_is_not_counted_twice_among_those_whom_a_round_needs(
     tmp_path: Path,
 ) -> None:
