@@ -10,6 +10,8 @@ apps() { # what the executor has started and still runs
 }
 
 park() {
+  executor=${!:-} # known from the fork on: a variable that is set in the next line would come too late
+  [ "$executor" ] || exit 0
   kill -STOP "$executor" # which starts no other meanwhile
   for app in $(apps); do kill "$app" 2>/dev/null || true; done
   while [ -n "$(apps)" ]; do sleep 0.2; done
@@ -18,8 +20,6 @@ park() {
   exit 0
 }
 
-executor=
 trap park TERM INT
 flower-superexec "$@" &
-executor=$!
-wait "$executor"
+wait $!

@@ -300,6 +300,12 @@ def test_without_a_serverapp_an_executor_stops_at_once(scripts: Scripts) -> None
     assert process.wait(10) == 0
 
 
+def test_told_to_stop_while_its_executor_starts_a_container_ends_well(scripts: Scripts) -> None:
+    scripts.stand_in("flower-superexec", "kill $PPID; exec sleep 60")
+    started = [scripts.start("serverapp.sh") for _ in range(50)]  # the signal hits any point of the start
+    assert [process.wait(10) for process in started] == [0] * 50
+
+
 def test_an_executor_that_fails_ends_its_container(scripts: Scripts) -> None:
     scripts.stand_in("flower-superexec", "exit 3")
     assert scripts.start("serverapp.sh").wait(10) == 3
