@@ -35,7 +35,7 @@ test: $(VENV)/ready        ## quick tests, under 5 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-slow: $(VENV)/ready   ## federations of real processes, and Flower's simulation
-	$(BIN)/python -m pytest -m slow -n 2 --maxschedchunk 1
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --maxschedchunk 1
 
 chaos: $(VENV)/ready       ## every fault, one at a time; then 8 clients, 30 rounds, a process killed every 90 s: half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "chaos or slow" tests/federation/test_faults.py tests/federation/test_local.py

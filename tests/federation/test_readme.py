@@ -103,13 +103,12 @@ class Reader:
 
     def leave(self) -> None:
         """Ends the terminals, and the SuperLink that Flower's simulation leaves behind."""
-        for terminal in reversed(self.terminals):
+        for terminal in self.terminals:  # the SuperNodes first, which say good-bye to the SuperLink
             os.killpg(terminal.pid, signal.SIGTERM)
+            terminal.wait(120)
         for process in left_behind(str(self.home)):
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGTERM)
-        for terminal in self.terminals:
-            terminal.wait(30)
 
 
 def listens(port: int) -> None:
