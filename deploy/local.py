@@ -34,6 +34,7 @@ MARK = "FEDBASIN_STARTED_BY"  # in the environment of every process, which those
 BIN = Path(sys.executable).parent
 START_SECONDS = 60.0  # for a process to listen
 ASK_PAUSE = 2.0  # seconds between questions to `flwr`, each of which takes a processor about as long
+ANSWER_SECONDS = 120.0  # for a `flwr` command to end
 STOP_SECONDS = 10.0  # for a process to end after SIGTERM
 RETURN_SECONDS = 150.0  # for a SuperNode with a key to be let in again: twice what it takes the SuperLink to miss it
 LET_IN = "SuperNode ID: "  # what a SuperNode logs then
@@ -261,8 +262,10 @@ class LocalFederation:
 
     def _flwr(self, *arguments: str) -> str:
         """What the command prints."""
-        environment = self._environment("run")
-        done = subprocess.run([BIN / "flwr", *arguments], env=environment, capture_output=True, text=True, check=False)
+        command, environment = [str(BIN / "flwr"), *arguments], self._environment("run")
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=ANSWER_SECONDS
+        )
         if done.returncode:
             raise RuntimeError(f"flwr {arguments[0]}: {done.stdout}{done.stderr}")
         return done.stdout

@@ -14,8 +14,12 @@ settings.load_profile("fedbasin")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Partitions are cached beside pytest's own cache, not in the user's."""
+    """Partitions are cached beside pytest's own cache, not in the user's; kernels by each worker for itself.
+
+    Numba's index of what it has compiled is not for two writers.
+    """
     os.environ["XDG_CACHE_HOME"] = str(config.cache.mkdir("fedbasin"))
+    os.environ["NUMBA_CACHE_DIR"] = str(config.cache.mkdir(f"numba-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"))
 
 
 @pytest.fixture
@@ -23,5 +27,5 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> p
     """What the client logs, which Flower's logger keeps to its own handlers."""
     log = logging.getLogger("flwr.fedbasin")
     monkeypatch.setattr(log, "handlers", [caplog.handler])
-    monkeypatch.setattr(log, "level", logging.INFO)
+    caplog.set_level(logging.INFO, logger=log.name)
     return caplog

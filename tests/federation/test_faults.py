@@ -177,7 +177,7 @@ def test_sigterm_parks_the_round_and_a_new_run_takes_it_up(site: Site) -> None:
     run_id, folder = site.begin(rounds=1)
     until(lambda: kept(folder) and site.obeys(1))
     site.app("superexec").send_signal(signal.SIGTERM)
-    run = site.wait(run_id, timeout=20)  # that of a killed one is over only when its heartbeat is missed
+    run = site.wait(run_id, timeout=40)  # that of a killed one is over only when its heartbeat is missed
     assert "parked, nothing is lost" in site.log(run)
     site.let_go(1)
     site.resume(folder, rounds=1)

@@ -159,7 +159,7 @@ def test_clients_of_three_widths_keep_them_and_the_model_grows(tmp_path: Path) -
 
 
 def test_a_client_killed_between_the_layers_of_fedma_leaves_the_pass_and_its_units_stay(tmp_path: Path) -> None:
-    config = {"task": "digits", "rounds": 1, "min-clients": 3, "quorum": 2, "deadline": 30.0, "start": "own"}
+    config = {"task": "digits", "rounds": 1, "min-clients": 3, "quorum": 2, "deadline": 60.0, "start": "own"}
     with LocalFederation(tmp_path, WIDE) as federation:
         run_id = federation.submit(ROOT, {**config, "aggregator": "fedma", "runs-dir": str(tmp_path / "runs")})
         folder, end = tmp_path / "runs" / run_id, time.monotonic() + 120
