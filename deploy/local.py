@@ -49,6 +49,12 @@ def free_ports(number: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
+def listens(port: int) -> bool:
+    """Whether something on loopback does."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def make_certs(folder: Path, sites: int) -> Path:
     """The folder with a development CA, a server certificate and keys for so many sites in it, by deploy/certs.sh."""
     script = Path(__file__).with_name("certs.sh")
@@ -313,9 +319,8 @@ class LocalFederation:
         while time.monotonic() < end:
             if self.processes[name].poll() is not None:
                 break
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    return
+            if listens(port):
+                return
             time.sleep(0.1)
         raise RuntimeError(f"{name} does not listen on port {port}: see {self.folder / name}.log")
 

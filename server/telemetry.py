@@ -119,6 +119,9 @@ def resuming(folder: str) -> str:
     return f"fedbasin resume {shlex.quote(folder)}"
 
 
+UNPRINTABLE = (OSError, ValueError)  # the latter for what cannot be encoded, and for a file that is closed
+
+
 class Unfailing:
     """Output whose failure ends no run: that of a full disk, a closed pipe or a terminal that is gone."""
 
@@ -127,12 +130,12 @@ class Unfailing:
 
     def write(self, text: str) -> None:
         """Writes the text, if that can be done."""
-        with suppress(OSError, ValueError):  # the latter for what cannot be encoded, and for a file that is closed
+        with suppress(*UNPRINTABLE):
             self.file.write(text)
 
     def flush(self) -> None:
         """Flushes, if that can be done."""
-        with suppress(OSError, ValueError):  # the latter for what cannot be encoded, and for a file that is closed
+        with suppress(*UNPRINTABLE):
             self.file.flush()
 
     def __getattr__(self, name: str) -> Any:

@@ -1,7 +1,17 @@
-"""Which processes a test has left behind."""
+"""Processes under test: waiting for what they do, and which of them are left behind."""
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+
+def until(holds: Callable[[], object], timeout: float = 90) -> None:
+    """Waits till it does."""
+    end = time.monotonic() + timeout
+    while not holds():
+        assert time.monotonic() < end, f"not within {timeout:g} s"
+        time.sleep(0.05)
 
 
 def left_behind(mark: str) -> list[int]:

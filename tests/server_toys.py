@@ -6,7 +6,7 @@ import json
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -19,11 +19,11 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from aggregators.core.base import Aggregator
 from aggregators.core.exchange import Exchange, Round, collect
-from aggregators.core.update import ClientUpdate, GlobalModel
+from aggregators.core.update import ClientUpdate, GlobalModel, Merged
 from client import wire
 from client.task import Examples, Node, Task
 from server.grid import Content, Reply, Terms
@@ -71,6 +71,25 @@ def population(model: GlobalModel, num: int, seed: int = 3) -> list[toys.Client]
     ]
 
 
+MODEL = toys.global_model()
+COHORT = population(MODEL, 4)
+FISHER = '{"kind": "fisher"}'
+TWO = '{"kind": "toys:TwoExchanges", "inner": {"kind": "fedavgm", "inner": "fedavg"}}'
+NAN = float("nan")
+
+
+def spoilt(field: str, value: float) -> Change:
+    """What puts `value` into one tensor of an update."""
+
+    def change(update: ClientUpdate) -> ClientUpdate:
+        tensors = dict(getattr(update, field))
+        tensors["first.weight"] = torch.full_like(tensors["first.weight"], value)
+        changes: dict[str, Any] = {field: tensors}
+        return replace(update, **changes)
+
+    return change
+
+
 @dataclass(eq=False)
 class Hall:
     """Clients as plain functions, asked one after the other in the order in which they stand, as a Transport.
@@ -116,6 +135,11 @@ def strategy(aggregator: Any, transport: Any, folder: Path, **settings: Any) -> 
     chosen = Settings(aggregator=aggregator, **{"min_clients": 1, "evaluate": False, **settings})
     ledger = Ledger(folder, chosen.checkpoints, chosen.keep_replies)
     return MergeStrategy(chosen.aggregator, transport, chosen, ledger, Telemetry(Console(file=StringIO(), width=120)))
+
+
+def rounds(folder: Path, transport: Any, aggregator: Any = "fedavg", **settings: Any) -> GlobalModel:
+    """The model after a run from θ_0."""
+    return strategy(aggregator, transport, folder, **settings).run(MODEL)[0]
 
 
 def said(of: MergeStrategy | Telemetry) -> str:
@@ -258,3 +282,26 @@ class Probing(Aggregator):
     def round(self, model: GlobalModel) -> Round:
         raise AssertionError("a round was begun")
         yield
+
+
+def received(transport: Hall) -> list[bool]:
+    """Of each message that was sent, whether it held params."""
+    return [wire.decode(content)[1] is not None for content in transport.sent]
+
+
+def ulps_apart(a: Tensor, b: Tensor) -> int:
+    """The largest distance between float32 tensors, in units of the last place."""
+    ranks = [bits.where(bits >= 0, -(2**31) - bits) for bits in (t.view(torch.int32).long() for t in (a, b))]
+    return int((ranks[0] - ranks[1]).abs().max()) if a.numel() else 0
+
+
+class Own(Aggregator):
+    """Trains, and then measures each client's own model."""
+
+    kind: Literal["own"] = "own"
+
+    def round(self, model: GlobalModel) -> Round:
+        updates = yield from Exchange(task="train", params=model.params, fold=collect)
+        trained = {update.client_id: update.params for update in updates}
+        yield from Exchange(task="measure", params=trained.__getitem__, fold=collect)
+        return Merged(model.params)

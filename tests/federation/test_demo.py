@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import left_behind
+from processes import left_behind, until
 from rich.table import Table
 
 from deploy.demo import DEMOS, curves, load, plot, table
@@ -27,12 +27,10 @@ def test_nothing_is_left_running_after_ctrl_c(tmp_path: Path) -> None:
             [sys.executable, "-m", "deploy.demo"], cwd=ROOT, env=environment, stdout=out, stderr=out
         )
     try:
-        end = time.monotonic() + 240
-        while b"round 1 of 3 merged" not in (tmp_path / "out").read_bytes() and time.monotonic() < end:
-            time.sleep(0.2)
+        until(lambda: b"round 1 of 3 merged" in (tmp_path / "out").read_bytes(), timeout=240)
         assert len(left_behind(str(tmp_path))) > 5
         demo.send_signal(signal.SIGINT)
-        assert demo.wait(240) == 1
+        assert demo.wait(60) == 1
     finally:
         demo.kill()
     assert "stopped: every process of the federation has ended" in (tmp_path / "out").read_text()

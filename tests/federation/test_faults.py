@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from processes import until
 from relay import Relay
 from safetensors.torch import load_file
 
@@ -100,14 +101,6 @@ class Site(LocalFederation):
         return process
 
 
-def until(holds: Callable[[], object], timeout: float = 90) -> None:
-    """Waits till it does."""
-    end = time.monotonic() + timeout
-    while not holds():
-        assert time.monotonic() < end, f"not within {timeout:g} s"
-        time.sleep(0.05)
-
-
 def kept(folder: Path) -> list[Path]:
     """The replies that are kept of an unfinished round."""
     return [*folder.glob("replies/*.safetensors")]
@@ -177,7 +170,7 @@ def test_sigterm_parks_the_round_and_a_new_run_takes_it_up(site: Site) -> None:
     run_id, folder = site.begin(rounds=1)
     until(lambda: kept(folder) and site.obeys(1))
     site.app("superexec").send_signal(signal.SIGTERM)
-    run = site.wait(run_id, timeout=40)  # that of a killed one is over only when its heartbeat is missed
+    run = site.wait(run_id, timeout=20)  # that of a killed one is over only when its heartbeat is missed
     assert "parked, nothing is lost" in site.log(run)
     site.let_go(1)
     site.resume(folder, rounds=1)

@@ -2,13 +2,13 @@
 
 import json
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import until
 from safetensors.torch import load_file
 
 from deploy.local import LocalFederation
@@ -162,9 +162,8 @@ def test_a_client_killed_between_the_layers_of_fedma_leaves_the_pass_and_its_uni
     config = {"task": "digits", "rounds": 1, "min-clients": 3, "quorum": 2, "deadline": 60.0, "start": "own"}
     with LocalFederation(tmp_path, WIDE) as federation:
         run_id = federation.submit(ROOT, {**config, "aggregator": "fedma", "runs-dir": str(tmp_path / "runs")})
-        folder, end = tmp_path / "runs" / run_id, time.monotonic() + 120
-        while len([*folder.rglob("0001-00-*.safetensors")]) < 3 and time.monotonic() < end:
-            time.sleep(0.1)
+        folder = tmp_path / "runs" / run_id
+        until(lambda: len([*folder.rglob("0001-00-*.safetensors")]) == 3, timeout=120)
         federation.kill_node(2)
         assert federation.wait(run_id, timeout=300)["status"] == "finished:completed"
         (record,) = records(folder)

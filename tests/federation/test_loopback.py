@@ -5,7 +5,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from flwr.app import RecordDict
+from processes import until
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -294,7 +294,6 @@ def test_a_folder_of_no_run_cannot_be_resumed(tmp_path: Path) -> None:
         loopback.resume(tmp_path)
 
 
-HANGS = 300.0  # seconds, far beyond what it takes on a busy machine
 HEARD = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background job ignores it
 FEDBASIN = [sys.executable, "-c", f"{HEARD}; from server.cli import app; app()"]
 LONG = ["--rounds", "12", "--clients", "2", "--task", '{"kind": "digits", "partition": "iid"}']
@@ -310,15 +309,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The last model of a process that nobody stopped."""
     folder = tmp_path_factory.mktemp("whole")
     with simulated(folder) as process:
-        assert process.communicate(timeout=HANGS)[1] == ""
+        assert process.communicate(timeout=60)[1] == ""
     return (folder / "round-0012.safetensors").read_bytes()
-
-
-def until(found: Path) -> None:
-    end = time.monotonic() + HANGS
-    while not found.exists():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 @pytest.mark.slow
@@ -327,9 +319,9 @@ def test_a_process_that_was_stopped_is_resumed_by_another_with_the_same_bits(
     number: int, undisturbed: bytes, tmp_path: Path
 ) -> None:
     with simulated(tmp_path) as stopped:
-        until(tmp_path / "round-0002.json")
+        until((tmp_path / "round-0002.json").exists, timeout=60)
         stopped.send_signal(number)
-        said, _ = stopped.communicate(timeout=HANGS)
+        said, _ = stopped.communicate(timeout=60)
     if number == signal.SIGKILL:
         assert stopped.returncode == -signal.SIGKILL
     else:
@@ -337,7 +329,7 @@ def test_a_process_that_was_stopped_is_resumed_by_another_with_the_same_bits(
         assert said.splitlines()[-1] == f"parked, nothing is lost; to go on: fedbasin resume {tmp_path}"
     assert not (tmp_path / "evaluation.json").exists()
     with simulated(tmp_path, "resume", str(tmp_path)) as again:
-        assert again.communicate(timeout=HANGS)[1] == ""
+        assert again.communicate(timeout=60)[1] == ""
     assert (tmp_path / "round-0012.safetensors").read_bytes() == undisturbed
 
 

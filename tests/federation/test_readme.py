@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from processes import left_behind
+from processes import left_behind, until
 
-from deploy.local import QUIET
+from deploy.local import QUIET, listens
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^```(\w+)[ ]?([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -84,7 +84,8 @@ class Reader:
     def follow(self, block: Block) -> None:
         if block.info == "terminal":
             self.terminals.append(self.start(["bash", "-c", block.text]))
-            listens(int(re.findall(r"--port (\d+)", block.text)[0]))
+            (port,) = re.findall(r"--port (\d+)", block.text)
+            until(lambda: listens(int(port)), timeout=120)
         elif block.info:
             file = self.home / block.info[2:] if block.info.startswith("~/") else self.project / block.info
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -105,24 +106,13 @@ class Reader:
         """Ends the terminals, and the SuperLink that Flower's simulation leaves behind."""
         for terminal in self.terminals:  # the SuperNodes first, which say good-bye to the SuperLink
             os.killpg(terminal.pid, signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):  # one in some hundred hangs, after it has said that it ended
-                terminal.wait(15)
+            with suppress(subprocess.TimeoutExpired):  # seen once: it had said that it ended, and did not
+                terminal.wait(30)
         for process in left_behind(str(self.home)):
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         for terminal in self.terminals:
             terminal.wait(30)
-
-
-def listens(port: int) -> None:
-    """Returns when something does, as a reader would see it say."""
-    end = time.monotonic() + 120
-    while True:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        assert time.monotonic() < end, f"nothing listens on port {port}"
-        time.sleep(0.2)
 
 
 def test_the_readme_has_the_blocks_that_its_sections_need() -> None:

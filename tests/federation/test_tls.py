@@ -141,7 +141,7 @@ def refused(site: LocalFederation, *options: str | Path) -> str:
     ]
     environment = {**os.environ, **QUIET, "PATH": f"{BIN}:{os.environ['PATH']}", "FLWR_HOME": str(site.folder / "out")}
     command = [BIN / "flower-supernode", *where, *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0
     return done.stdout + done.stderr
 

@@ -483,9 +483,10 @@ def test_a_round_that_was_begun_knows_its_cohort_and_its_history(tmp_path: Path)
     ledger = Ledger(tmp_path)
     assert (ledger.cohort(1), ledger.history(1)) == (set(), [])
     ledger.begin(1, [2**64 - 1, 7], [], [])
-    assert ledger.cohort(1) == {2**64 - 1, 7}
-    assert (ledger.cohort(2), ledger.history(2)) == (set(), [])
+    assert (ledger.cohort(1), ledger.online(1)) == ({2**64 - 1, 7}, set())
+    assert (ledger.cohort(2), ledger.online(2), ledger.history(2)) == (set(), set(), [])
     ledger.begin(1, [7], [7, 9], ledger.history(1))
+    assert (ledger.cohort(1), ledger.online(1)) == ({7}, {7, 9})
     assert ledger.history(1) == ["begun again: the run had stopped in it"] * 2
     ledger.save(after(1), {"round": 1})
     assert ledger.cohort(1) == set()

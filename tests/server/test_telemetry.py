@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
-from io import StringIO
-from typing import Any
+from io import BytesIO, StringIO, TextIOWrapper
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from server.telemetry import (
     ExchangeRecord,
     RoundRecord,
     Telemetry,
+    Unfailing,
     evaluation,
     finite,
     one_line,
@@ -295,3 +297,26 @@ def test_the_summary_prints_the_table() -> None:
     log.summary([RoundRecord(1, exchanges=[exchange()]).as_dict()], {"accuracy": 0.25})
     assert "accuracy" in said(log)
     assert "0.25" in said(log)
+
+
+class Full(StringIO):
+    """A file on a full disk."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "no space left")
+
+
+def closed() -> StringIO:
+    (file := StringIO()).close()
+    return file
+
+
+@pytest.mark.parametrize(
+    "file",
+    [closed(), TextIOWrapper(BytesIO(), "ascii"), Full()],
+    ids=["a closed file", "no such character", "a full disk"],
+)
+def test_output_that_cannot_be_written_ends_nothing(file: IO[str]) -> None:
+    with pytest.raises((OSError, ValueError)):
+        print("é", file=file, flush=True)
+    print("é", file=Unfailing(file), flush=True)
